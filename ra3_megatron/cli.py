@@ -1,0 +1,184 @@
+"""The command `ra3`: one subcommand per job a user has.
+
+Nothing heavy is imported before a command runs, so that `ra3 --help` answers at once.
+Exit codes: 0 done, 1 a bug or a crash (with traceback), 2 an error the user can cure (one line), 130 Ctrl-C.
+"""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ra3_megatron.config.errors import UserError
+
+GRACE_S = 3.0
+"""Seconds a rank other than 0 waits before it prints a user error.
+
+When every rank has the same error, rank 0 says it and the launcher ends the others within that time; when only
+this rank has it, nobody else speaks and it is printed.
+"""
+
+app = typer.Typer(
+    name="ra3",
+    help="Mid-training of code language models with RA3 on Megatron-Core.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Locals in a traceback could show secrets, and a user of torchrun reads plain ones in a log file.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert = typer.Typer(
+    name="convert", help="Hugging Face weights in, out, and proof that they agree.", no_args_is_help=True
+)
+app.add_typer(convert)
+
+
+def process_rank() -> int:
+    """Rank of this process as its launcher (torchrun, srun) tells it; 0 without one, or when it tells nonsense."""
+    from ra3_megatron.parallel.launch import launch_from_env
+
+    try:
+        return launch_from_env().rank
+    except UserError:
+        # Whoever starts the process groups raises it again, with the command under way; printing must not.
+        return 0
+
+
+def say(text: str) -> None:
+    """Print ordinary output, on rank 0 only."""
+    if process_rank() == 0:
+        print(text, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from ra3_megatron import __version__
+
+        say(f"ra3-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.command(no_args_is_help=True)
+def midtrain(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings that replace the file's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, batches and memory of the run, and start nothing.")
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes a dry run reckons with.", show_default=False)
+    ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with a run whose configuration was changed on purpose.")
+    ] = False,
+) -> None:
+    """Train a model: corpus in, trained model and report out. Run it again to go on where it stopped."""
+    from ra3_megatron.config.run import load_config
+
+    run_config = load_config(config, overrides or [])
+    if dry_run:
+        from ra3_megatron.stages import dry_run as stage
+
+        # Under a launcher every process comes here; one answer is enough.
+        if process_rank() == 0:
+            stage.dry_run(run_config, world_size)
+        return
+    if world_size is not None:
+        raise UserError(f"--world-size {world_size} was given without --dry-run; start the processes with torchrun")
+    from ra3_megatron.stages import pipeline
+
+    pipeline.run(run_config, accept_changes)
+
+
+@convert.command("import", no_args_is_help=True)
+def import_(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder or GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the Megatron checkpoint to write.")],
+    dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
+) -> None:
+    """Hugging Face weights (or GGUF) to a Megatron checkpoint that loads at any parallel sizes."""
+    from ra3_megatron.checkpoint.convert import import_hf
+
+    _one_process("convert import")
+    say(str(import_hf(source, out, dtype=dtype)))
+
+
+@convert.command("export", no_args_is_help=True)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Megatron checkpoint, imported or trained.")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+    dtype: Annotated[str, typer.Option(help="checkpoint, float32, bfloat16 or float16.")] = "checkpoint",
+    max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, GB.")] = 5.0,
+) -> None:
+    """A Megatron checkpoint to a Hugging Face folder."""
+    from ra3_megatron.checkpoint.convert import export_hf
+
+    _one_process("convert export")
+    say(str(export_hf(checkpoint, out, dtype=dtype, max_shard_gb=max_shard_gb)))
+
+
+@convert.command("verify", no_args_is_help=True)
+def verify_(
+    checkpoint: Annotated[Path, typer.Argument(help="Megatron checkpoint.")],
+    hf_folder: Annotated[Path, typer.Argument(help="Hugging Face folder or GGUF file to compare with.")],
+) -> None:
+    """Compare a checkpoint with a Hugging Face folder: tensors, and logits on text. Exit code 1 if they differ."""
+    from ra3_megatron.checkpoint.verify import verify
+
+    _one_process("convert verify")
+    outcome = verify(checkpoint, hf_folder)
+    say(str(outcome))
+    raise typer.Exit(0 if outcome.ok else 1)
+
+
+def _one_process(command: str) -> None:
+    """Raise UserError under a launcher with several processes, which would write the same files side by side."""
+    from ra3_megatron.parallel.launch import launch_from_env
+
+    world = launch_from_env().world
+    if world > 1:
+        raise UserError(
+            f"ra3 {command} was started as {world} processes; it is a job for one: start it without torchrun"
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what will work on it and what will not."""
+    from ra3_megatron.stages.doctor import run_doctor
+
+    raise typer.Exit(0 if run_doctor() else 1)
+
+
+@app.command(no_args_is_help=True)
+def report(run_dir: Annotated[Path, typer.Argument(help="Run folder, such as runs/quickstart.")]) -> None:
+    """Build `report.html` of a run again from the files in its folder."""
+    from ra3_megatron.report.run_report import build_report
+
+    say(f"wrote {build_report(run_dir)}")
+
+
+def report_user_error(error: UserError) -> None:
+    """Print `error` as one line on standard error; ranks other than 0 name themselves and wait `GRACE_S` first."""
+    rank = process_rank()
+    if rank:
+        # The launcher's SIGTERM must end the wait even where training has a handler that asks for a last checkpoint.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_S)
+    where = f" (rank {rank})" if rank else ""
+    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app(prog_name="ra3")
+    except UserError as error:
+        report_user_error(error)
+        sys.exit(2)

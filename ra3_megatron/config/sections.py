@@ -1,0 +1,190 @@
+"""The sections of a run's configuration but `data`: plain frozen dataclasses, no torch.
+
+Every field says its unit and its effect; `ra3_megatron.config.run` loads and overrides them,
+`ra3_megatron.config.validate` checks them against one another.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ra3_megatron.config.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained, and in which numbers."""
+
+    source: str | None = None
+    """Hugging Face folder or GGUF file of the base model; none = random weights in the shape of `architecture`."""
+    architecture: Architecture | None = None
+    """Shape of the model. With a `source` it may be left out; when given, it must equal the source's."""
+    init_std: float = 0.02
+    """Standard deviation of random initial weights (used only without `source`)."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Numbers of the forward and backward pass; bf16 and fp8 keep fp32 master weights."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """Scaling recipe of Transformer Engine; read only when precision is fp8."""
+    layers: Literal["auto", "te", "local"] = "auto"
+    """Layer implementation: Transformer Engine, torch, or whichever this machine has (logged at start)."""
+    vocab_multiple: int = 128
+    """The embedding is padded to a multiple of this times the tensor-parallel size, rows."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, core attention only, or whole layers."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over processes; data-parallel size is what the world leaves over."""
+
+    tensor: int = 1
+    """Processes that share every matrix."""
+    pipeline: int = 1
+    """Processes that hold consecutive groups of layers."""
+    virtual_pipeline: int | None = None
+    """Groups of layers per pipeline process (interleaved schedule); none = one."""
+    context: int = 1
+    """Processes that share every sequence."""
+    data: int | None = None
+    """Expected number of replicas; none = world size / (tensor x pipeline x context)."""
+    sequence: bool = False
+    """Shard norms and dropout along the sequence over the tensor-parallel processes; needs tensor > 1."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the forward pass already runs; needs overlap_grad_reduce."""
+    timeout_s: float = 600.0
+    """Deadline of every collective, seconds; past it the run ends with the name of the missing rank."""
+    setup_timeout_s: float = 86400.0
+    """Deadline of what one process does for all (preparing the corpus, conversion) while the others wait, seconds."""
+    threads: int | None = None
+    """CPU threads per process; none = cores / processes on the node (OMP_NUM_THREADS wins when set)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batches of a training stage. Batch sizes are in sequences (packed windows)."""
+
+    seq_length: int = 512
+    """Tokens of one packed window."""
+    micro_batch_size: int = 1
+    """Windows a replica takes through the model at once."""
+    global_batch_size: int = 8
+    """Windows per optimizer step over all replicas."""
+    steps: int | None = None
+    """Optimizer steps; exactly one of steps, tokens, epochs is set."""
+    tokens: int | None = None
+    """Tokens (padding included) to train on; rounded up to whole steps."""
+    epochs: float | None = None
+    """Passes over the packed corpus; rounded up to whole steps."""
+    eval_interval: int = 0
+    """Steps between measurements of validation loss; 0 = only before the first and after the last step."""
+    eval_windows: int = 64
+    """Windows of the validation split per measurement; rounded up to whole global batches."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient norm ends the run, or the step is skipped and counted."""
+    max_skipped_steps: int = 10
+    """Skipped steps in a row after which the run stops all the same."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape after the warm-up; WSD holds the peak and decays over the last `decay_fraction`."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """Share of the steps that WSD decays over."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; biases and norms are exempt."""
+    clip_grad: float = 1.0
+    """Largest global L2 norm of the gradient; 0 = no clipping."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    interval: int = 100
+    """Steps between checkpoints; the last step always writes one."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0 = none."""
+    async_save: bool = True
+    """Write in the background while training goes on; drained before the run ends."""
+    verify: bool = True
+    """Compare a hash of the parameters after loading with the one taken at saving."""
+    timeout_s: float = 1800.0
+    """Deadline for one save to finish, seconds."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases (extra `wandb`)."""
+
+    project: str = "ra3"
+    """Project name."""
+    entity: str | None = None
+    """Team or user; none = the account's default."""
+    mode: Literal["online", "offline"] = "online"
+    """Whether figures are uploaded as they come."""
+
+
+@dataclass(frozen=True)
+class MlflowConfig:
+    """MLflow (extra `mlflow`)."""
+
+    tracking_uri: str = "mlruns"
+    """Server or folder."""
+    experiment: str = "ra3"
+    """Experiment name."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What is logged, and where to."""
+
+    interval: int = 10
+    """Steps between log lines and metric records."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside `metrics.jsonl`."""
+    wandb: WandbConfig | None = None
+    """Log to Weights & Biases too."""
+    mlflow: MlflowConfig | None = None
+    """Log to MLflow too."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The trained model as a Hugging Face folder at the end of the run."""
+
+    enabled: bool = True
+    """Write `<run>/<nn>-export/hf`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the exported weights."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file, GB."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Identity of the run."""
+
+    dir: str = "runs/run"
+    """Run folder; relative to the working folder. Every command on the same folder goes on where it stopped."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the data."""
+    arm: Literal["ntp"] = "ntp"
+    """What is trained: `ntp` = plain next-token prediction."""

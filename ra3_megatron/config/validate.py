@@ -1,0 +1,225 @@
+"""Cross-field checks and the arithmetic of batches and processes, before anything is built."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.config.sections import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the world divides, and what one step is made of."""
+
+    world: int
+    """Processes."""
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    """Replicas: world / (tensor x pipeline x context)."""
+    micro_batches: int
+    """Micro-batches per replica and step."""
+    tokens_per_step: int
+    """Tokens of one optimizer step, padding included."""
+    padded_vocab: int
+    """Rows of the embedding after padding."""
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every packed sequence is padded to a multiple of this, so that context parallelism can split it evenly."""
+        return sequence_multiple(self.context)
+
+
+def sequence_multiple(context: int) -> int:
+    """Multiple that sequences are padded to for `context` context-parallel processes, tokens."""
+    return 2 * context if context > 1 else 1
+
+
+def padded_vocab_size(vocab: int, multiple: int, tensor: int) -> int:
+    """Smallest multiple of `multiple * tensor` that holds `vocab` rows; rows past `vocab` are padding."""
+    if min(vocab, multiple, tensor) < 1:
+        raise UserError(f"vocabulary {vocab}, multiple {multiple} and tensor {tensor} must be at least 1")
+    return _round_up(vocab, multiple * tensor)
+
+
+def resolve_layout(config: RunConfig, world: int, architecture: Architecture) -> Layout:
+    """Check every rule that joins fields and return the arithmetic.
+
+    Raises UserError naming the fields, the values found and the fix.
+    """
+    p, t = config.parallel, config.train
+    for section, name in _at_least_one:
+        if getattr(getattr(config, section), name) < 1:
+            raise UserError(f"{section}.{name} is {getattr(getattr(config, section), name)}; it must be at least 1")
+    _check_train_length(config)
+    _check_optimizer(config)
+    data = replicas(p, world)
+    check_model_split(p, architecture)
+    _check_windows(config, architecture)
+    if t.global_batch_size % (t.micro_batch_size * data):
+        raise UserError(
+            f"train.global_batch_size ({t.global_batch_size}) is not a multiple of train.micro_batch_size "
+            f"({t.micro_batch_size}) x {data} replicas; use {_round_up(t.global_batch_size, t.micro_batch_size * data)}"
+        )
+    micro_batches = t.global_batch_size // (t.micro_batch_size * data)
+    if p.virtual_pipeline and micro_batches % p.pipeline:
+        raise UserError(
+            f"the interleaved schedule needs micro-batches per step ({micro_batches}) to be a multiple of "
+            f"parallel.pipeline ({p.pipeline}); change train.global_batch_size or leave parallel.virtual_pipeline out"
+        )
+    layout = Layout(
+        world=world,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        context=p.context,
+        data=data,
+        micro_batches=micro_batches,
+        tokens_per_step=t.global_batch_size * t.seq_length,
+        padded_vocab=padded_vocab_size(architecture.vocab_size, config.model.vocab_multiple, p.tensor),
+    )
+    if t.epochs is None:
+        total_steps(config, layout, windows=0)
+    return layout
+
+
+_at_least_one = (
+    ("parallel", "tensor"),
+    ("parallel", "pipeline"),
+    ("parallel", "context"),
+    ("train", "seq_length"),
+    ("train", "micro_batch_size"),
+    ("train", "global_batch_size"),
+    ("train", "eval_windows"),
+    ("train", "max_skipped_steps"),
+    ("model", "vocab_multiple"),
+    ("checkpoint", "interval"),
+    ("checkpoint", "keep_last"),
+    ("report", "interval"),
+)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return math.ceil(value / unit) * unit
+
+
+def _check_train_length(config: RunConfig) -> None:
+    t = config.train
+    given = {name: getattr(t, name) for name in ("steps", "tokens", "epochs") if getattr(t, name) is not None}
+    if len(given) != 1:
+        found = ", ".join(f"train.{k}={v}" for k, v in given.items()) or "none of them"
+        raise UserError(f"exactly one of train.steps, train.tokens, train.epochs sets the length; found {found}")
+    (name, value), *_ = given.items()
+    if value <= 0:
+        raise UserError(f"train.{name} is {value}; it must be positive")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    o, p = config.optimizer, config.parallel
+    if o.lr <= 0 or o.min_lr < 0 or o.min_lr > o.lr:
+        raise UserError(f"optimizer.lr {o.lr} and min_lr {o.min_lr}: need 0 <= min_lr <= lr and lr > 0")
+    if not 0 < o.decay_fraction <= 1:
+        raise UserError(f"optimizer.decay_fraction is {o.decay_fraction}; it is a share of the steps in (0, 1]")
+    if o.warmup_steps < 0 or o.clip_grad < 0:
+        raise UserError("optimizer.warmup_steps and optimizer.clip_grad must not be negative")
+    if p.overlap_param_gather and not p.overlap_grad_reduce:
+        raise UserError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true")
+    if p.timeout_s <= 0 or config.checkpoint.timeout_s <= 0:
+        raise UserError("parallel.timeout_s and checkpoint.timeout_s must be positive seconds")
+
+
+class Sizes(Protocol):
+    """Parallel sizes, from a configuration or in force."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
+    @property
+    def virtual_pipeline(self) -> int | None: ...
+
+
+def replicas(p: ParallelConfig, world: int) -> int:
+    """Data-parallel size that `world` processes leave; raises UserError with the arithmetic when they do not fit."""
+    replica = p.tensor * p.pipeline * p.context
+    spelled = f"parallel.tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {replica}"
+    if min(p.tensor, p.pipeline, p.context) < 1:
+        raise UserError(f"parallel sizes must be at least 1; found {spelled}")
+    if world % replica:
+        raise UserError(
+            f"{spelled} processes make one replica, but {world} were started; start a multiple of {replica} "
+            f"(torchrun --nproc-per-node {replica}) or lower a size"
+        )
+    data = world // replica
+    if p.data is not None and p.data != data:
+        raise UserError(
+            f"parallel.data is {p.data}, but {world} processes / ({spelled}) leaves {data}; "
+            f"start {p.data * replica} processes or leave parallel.data out"
+        )
+    if p.sequence and p.tensor == 1:
+        raise UserError("parallel.sequence is true with parallel.tensor 1; sequence sharding needs tensor > 1")
+    if p.virtual_pipeline is not None and (p.virtual_pipeline < 2 or p.pipeline < 2):
+        raise UserError(
+            f"parallel.virtual_pipeline is {p.virtual_pipeline} with pipeline {p.pipeline}; both must be at least 2 "
+            "(leave virtual_pipeline out for one group of layers per process)"
+        )
+    return data
+
+
+def check_model_split(p: Sizes, a: Architecture) -> None:
+    """Raise UserError unless every dimension of the model divides over the processes that share it."""
+    divisions = (
+        ("model.architecture.num_heads", a.num_heads, "parallel.tensor", p.tensor),
+        ("model.architecture.num_kv_heads", a.num_kv_heads, "parallel.tensor", p.tensor),
+        ("model.architecture.ffn_hidden_size", a.ffn_hidden_size, "parallel.tensor", p.tensor),
+        ("model.architecture.hidden_size", a.hidden_size, "parallel.tensor", p.tensor),
+        ("model.architecture.num_layers", a.num_layers, "parallel.pipeline", p.pipeline),
+    )
+    for what, value, by, size in divisions:
+        if value % size:
+            fitting = max(d for d in range(1, size + 1) if value % d == 0)
+            raise UserError(f"{by} ({size}) does not divide {what} ({value}); the next size that does is {fitting}")
+    chunks = p.pipeline * (p.virtual_pipeline or 1)
+    if a.num_layers % chunks:
+        raise UserError(
+            f"parallel.pipeline ({p.pipeline}) x virtual_pipeline ({p.virtual_pipeline}) does not divide "
+            f"model.architecture.num_layers ({a.num_layers}); lower parallel.virtual_pipeline"
+        )
+
+
+def _check_windows(config: RunConfig, a: Architecture) -> None:
+    p, t = config.parallel, config.train
+    unit = sequence_multiple(p.context) * (p.tensor if p.sequence else 1)
+    if t.seq_length % unit:
+        raise UserError(
+            f"train.seq_length ({t.seq_length}) is not a multiple of {unit} (2 x parallel.context"
+            f"{' x parallel.tensor, sequence-parallel' if p.sequence else ''}); use {_round_up(t.seq_length, unit)}"
+        )
+    if t.seq_length > a.max_positions:
+        raise UserError(
+            f"train.seq_length ({t.seq_length}) exceeds the model's max_positions ({a.max_positions}); shorten it"
+        )
+
+
+def total_steps(config: RunConfig, layout: Layout, windows: int) -> int:
+    """Optimizer steps of the stage for a packed corpus of `windows` windows.
+
+    Raises UserError when the warm-up would take all of them.
+    """
+    t, warmup = config.train, config.optimizer.warmup_steps
+    if t.steps is not None:
+        steps = t.steps
+    elif t.tokens is not None:
+        steps = math.ceil(t.tokens / layout.tokens_per_step)
+    else:
+        assert t.epochs is not None
+        steps = math.ceil(t.epochs * windows / t.global_batch_size)
+    if warmup >= steps:
+        raise UserError(
+            f"optimizer.warmup_steps ({warmup}) leaves nothing of the {steps} steps that train.steps, tokens or epochs "
+            "make; lower it or train longer"
+        )
+    return steps

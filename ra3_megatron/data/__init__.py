@@ -1,0 +1,1 @@
+"""Corpus → snippets → trajectories (lines, decision points, token ids) → packed batches."""

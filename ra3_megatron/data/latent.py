@@ -1,0 +1,192 @@
+"""How a latent thought is written into the text, and which tokens decide for one.
+
+`LatentFormat` is the small interface; `CommentFormat` writes a thought as a one-line comment (RA3's form for Python).
+`ThinkTokens` turns a format and a tokenizer into sets of token ids.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from ra3_megatron.data.lines import same_program
+from ra3_megatron.data.tokenizers import Tokenizer
+
+
+class LatentFormat(Protocol):
+    """A way to write thoughts between the lines of an expert's text."""
+
+    name: str
+
+    def opening(self, indent: str) -> str:
+        """Text with which a thought before a line of that indentation begins, and with which no line begins."""
+
+    def render(self, thought: str, indent: str) -> str:
+        """The whole thought, end of line included, as it stands in the text."""
+
+    def content(self, text: str) -> str:
+        """The thought out of its written form."""
+
+    def token_fits(self, rest: bytes) -> bool:
+        """Whether a token may bring `rest` after the opening."""
+
+    def token_closes(self, content: bytes) -> bool:
+        """Whether a token inside a thought ends it, exactly at the token's end."""
+
+    def same_meaning(self, expert: str, infused: str) -> bool:
+        """Whether the text with thoughts still says what the expert's text says."""
+
+
+class CommentFormat:
+    """A thought is one comment line with the indentation of the line after it; the text stays the same program."""
+
+    name = "comment"
+    _inside = re.compile(rb"[^\r\n\0]*\n*")
+    _closing = re.compile(rb"[^\r\n\0]*\n+")
+
+    def opening(self, indent: str) -> str:
+        """See LatentFormat."""
+        return indent + "#"
+
+    def render(self, thought: str, indent: str) -> str:
+        """See LatentFormat. Line breaks in `thought` become spaces."""
+        return f"{indent}# {' '.join(thought.split())}\n"
+
+    def content(self, text: str) -> str:
+        """See LatentFormat."""
+        return text.strip().removeprefix("#").strip()
+
+    def token_fits(self, rest: bytes) -> bool:
+        """See LatentFormat: after a line end only line ends; no carriage return, which ends lines in Python."""
+        return self._inside.fullmatch(rest) is not None
+
+    def token_closes(self, content: bytes) -> bool:
+        """See LatentFormat."""
+        return self._closing.fullmatch(content) is not None
+
+    def same_meaning(self, expert: str, infused: str) -> bool:
+        """See LatentFormat: both parse to the same syntax tree."""
+        return same_program(expert, infused)
+
+
+@dataclass(frozen=True)
+class ThinkSet:
+    """Tokens that decide for a thought once the forced prefix is there.
+
+    `ids` sorted int64 `[n]`; `remainder` the bytes of the opening that are still to come; `opener` is the one id (if
+    any) that is only a part of the remainder: it is how the tokenizer itself begins the opening, and `completion` are
+    the ids that must follow it before the thought is free.
+    """
+
+    remainder: bytes
+    ids: np.ndarray = field(repr=False)
+    opener: int | None = None
+    completion: tuple[int, ...] = ()
+
+    def forced_after(self, token: int) -> tuple[int, ...]:
+        """Ids that follow `token` by force before the thought's free text."""
+        return self.completion if token == self.opener else ()
+
+
+class ThinkTokens:
+    """Think sets of one tokenizer and format, made when first asked for and kept by (remainder, completion).
+
+    A set's number is the order of its making; `key` and `restore` carry sets to another process or to disk.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, latent: LatentFormat | None = None):
+        self.tokenizer = tokenizer
+        self.format: LatentFormat = latent or CommentFormat()
+        self._sets: list[ThinkSet] = []
+        self._numbers: dict[tuple[bytes, tuple[int, ...]], int] = {}
+        self._openings: dict[str, tuple[int, ...]] = {}
+
+    def __getitem__(self, number: int) -> ThinkSet:
+        return self._sets[number]
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def opening_ids(self, indent: str) -> tuple[int, ...]:
+        """The tokenised opening of a thought at that indentation."""
+        found = self._openings.get(indent)
+        if found is None:
+            found = self._openings[indent] = tuple(self.tokenizer.encode(self.format.opening(indent)))
+        return found
+
+    def decide(self, indent: str, text: str, line_ids: Sequence[int]) -> tuple[int, int] | None:
+        """(number of forced tokens, number of the think set) of the line `text`, tokenised as `line_ids`.
+
+        Forced is the longest common prefix of the tokenised line and the tokenised opening. None when the line itself
+        begins like a thought (a human comment kept as an action), since then the two cannot be told apart.
+        """
+        if text.lstrip("\n").startswith(self.format.opening(indent)):
+            return None
+        opening = self.opening_ids(indent)
+        forced = 0
+        while forced < len(opening) and forced < len(line_ids) and opening[forced] == line_ids[forced]:
+            forced += 1
+        assert forced < min(len(opening), len(line_ids)), "a line began with an opening"
+        return forced, self._number(opening[forced:])
+
+    def _number(self, rest: tuple[int, ...]) -> int:
+        """Number of the set for the part `rest` of a tokenised opening."""
+        remainder = self.tokenizer.decode_bytes(rest)
+        completion = rest if len(rest) > 1 else ()
+        key = (remainder, completion)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self._sets)
+            self._sets.append(self._make(remainder, completion))
+        return number
+
+    @cached_property
+    def _by_bytes(self) -> tuple[list[bytes], list[int]]:
+        order = sorted((content, i) for i, content in enumerate(self.tokenizer.token_bytes) if content)
+        return [content for content, _ in order], [i for _, i in order]
+
+    def _make(self, remainder: bytes, completion: tuple[int, ...]) -> ThinkSet:
+        contents, ids = self._by_bytes
+        found = []
+        position = bisect_left(contents, remainder)
+        while position < len(contents) and contents[position].startswith(remainder):
+            if self.format.token_fits(contents[position][len(remainder) :]):
+                found.append(ids[position])
+            position += 1
+        opener = completion[0] if completion else None
+        if opener is not None:
+            found.append(opener)
+        return ThinkSet(remainder, np.array(sorted(set(found)), dtype=np.int64), opener, completion[1:])
+
+    @cached_property
+    def closing_ids(self) -> np.ndarray:
+        """Ids that end a thought, sorted int64 `[n]`."""
+        table = self.tokenizer.token_bytes
+        return np.array([i for i, b in enumerate(table) if b and self.format.token_closes(b)], dtype=np.int64)
+
+    @cached_property
+    def forbidden_ids(self) -> np.ndarray:
+        """Ids not to be sampled inside a thought: special tokens and those that run past its end; int64 `[n]`."""
+        table = self.tokenizer.token_bytes
+        return np.array([i for i, b in enumerate(table) if not b or not self.format.token_fits(b)], dtype=np.int64)
+
+    def key(self, number: int) -> tuple[str, tuple[int, ...]]:
+        """What `restore` needs to make the set elsewhere: (remainder in hexadecimal, its ids when more than one)."""
+        found = self._sets[number]
+        rest = () if found.opener is None else (found.opener, *found.completion)
+        return found.remainder.hex(), rest
+
+    def restore(self, keys: Sequence[tuple[str, Sequence[int]]]) -> list[int]:
+        """Add the sets of `keys` where missing; their numbers here, in the order of `keys`."""
+        numbers = []
+        for remainder, completion in keys:
+            key = (bytes.fromhex(remainder), tuple(completion))
+            if key not in self._numbers:
+                self._numbers[key] = len(self._sets)
+                self._sets.append(self._make(*key))
+            numbers.append(self._numbers[key])
+        return numbers

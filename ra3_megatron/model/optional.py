@@ -1,0 +1,78 @@
+"""The one place where Transformer Engine and apex are looked for."""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+from packaging.version import Version
+
+from ra3_megatron.config.errors import UserError
+
+TE_OLDEST, TE_NEXT = Version("2.18"), Version("2.21")
+"""Transformer Engine releases that fit megatron-core 0.19: at least the first, below the second."""
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """Whether an optional package can be used here, and if not, why."""
+
+    usable: bool
+    """Whether its functions may be called."""
+    version: str | None
+    """Installed release, if any."""
+    reason: str
+    """Why it is not usable; empty when it is."""
+
+
+def _te_release() -> str | None:
+    for name in ("transformer-engine", "transformer_engine"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def transformer_engine() -> OptionalPackage:
+    """Look for Transformer Engine without importing it (its import needs a CUDA build of torch first)."""
+    release = _te_release()
+    if importlib.util.find_spec("transformer_engine") is None:
+        return OptionalPackage(False, release, "transformer-engine is not installed")
+    if release is None:
+        return OptionalPackage(False, None, "a package called transformer_engine without release information is there")
+    if not TE_OLDEST <= Version(release) < TE_NEXT:
+        return OptionalPackage(
+            False, release, f"transformer-engine {release} is installed; megatron-core 0.19 needs >=2.18,<2.21"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        return OptionalPackage(False, release, "transformer-engine needs a GPU and none was found")
+    return OptionalPackage(True, release, "")
+
+
+def have_te() -> bool:
+    """Whether Transformer Engine layers can be built here."""
+    return transformer_engine().usable
+
+
+def require_te(what: str) -> None:
+    """Raise UserError naming what asked, what was found and the extra to install, unless TE is usable."""
+    found = transformer_engine()
+    if not found.usable:
+        raise UserError(
+            f"{what} needs Transformer Engine; {found.reason}; pip install 'ra3-megatron[te]' on a machine with a "
+            "Hopper or newer GPU, or choose precision bf16 and layers local"
+        )
+
+
+def check_apex() -> None:
+    """Raise UserError for a package called apex that is not NVIDIA's: it breaks Megatron-Core's imports."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return
+    if importlib.util.find_spec("apex.multi_tensor_apply") is None:
+        raise UserError(
+            f"a package called apex is installed at {spec.origin or spec.submodule_search_locations} but has no "
+            "apex.multi_tensor_apply, so it is not NVIDIA's and breaks megatron-core; pip uninstall apex"
+        )

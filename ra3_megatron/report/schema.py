@@ -1,0 +1,122 @@
+"""The schema of `metrics.jsonl`: every field's name, unit and meaning, in one table."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ra3_megatron.config.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+WALL = "wall"
+"""Key of the nested object that holds everything a clock or the machine's load has a say in."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One field of a record."""
+
+    name: str
+    """Key in the record."""
+    unit: str
+    """Unit, as written in the documentation."""
+    meaning: str
+    """What it is."""
+    wall: bool = False
+    """Whether it depends on the clock or the machine: it is kept apart, so that curves compare bit for bit."""
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("loss", "nats per token", "training loss of the step, over all counted tokens of the global batch"),
+        Metric("validation_loss", "nats per token", "loss over the validation windows with the weights after the step"),
+        Metric("lr", "1", "learning rate the step was taken with"),
+        Metric("grad_norm", "1", "global L2 norm of the gradient before clipping"),
+        Metric("tokens", "tokens", "tokens of the windows trained on so far, padding included"),
+        Metric("loss_tokens", "tokens", "tokens that counted in the loss of this step"),
+        Metric("samples", "sequences", "packed windows trained on so far"),
+        Metric("epoch", "passes", "passes over the packed corpus so far"),
+        Metric("skipped_steps", "steps", "steps skipped so far for a NaN or infinite loss or gradient"),
+        Metric("time", "seconds since 1970", "when the record was written", wall=True),
+        Metric("step_seconds", "seconds", "mean duration of a step since the previous record", wall=True),
+        Metric("tokens_per_second", "tokens/s", "tokens trained on per second, all processes together", wall=True),
+        Metric("mfu", "fraction", "model FLOP/s over the devices' peak", wall=True),
+        Metric("peak_memory_bytes", "bytes", "largest memory of a device (on a CPU: of a process) so far", wall=True),
+    )
+}
+
+
+def encode_record(step: int, values: Mapping[str, float | int]) -> str:
+    """One line of `metrics.jsonl`, without the newline.
+
+    Floats are written with `repr`, which reads back to the same bits; NaN and infinities as the strings "nan", "inf",
+    "-inf", since JSON has none. Raises ValueError for a name that `METRICS` lacks, TypeError for what is no number.
+    """
+    plain: dict[str, Any] = {"step": step}
+    wall: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in METRICS:
+            raise ValueError(f"metric '{name}' is not in the schema; add it to METRICS in {__name__}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"metric '{name}' is a {type(value).__name__}; give a Python int or float")
+        encoded = value if math.isfinite(value) else str(float(value))
+        (wall if METRICS[name].wall else plain)[name] = encoded
+    if wall:
+        plain[WALL] = wall
+    return json.dumps(plain, allow_nan=False)
+
+
+def decode_record(line: str) -> dict[str, Any]:
+    """Inverse of `encode_record`: numbers by name, the clock's under `wall`. Raises ValueError for anything else."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("not an object with an integer 'step'")
+    flat = {name: _number(value) for name, value in record.items() if name != WALL}
+    wall = {name: _number(value) for name, value in record.get(WALL, {}).items()}
+    return {**flat, WALL: wall} if wall else flat
+
+
+def _number(value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value) if isinstance(value, str) else value
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """Records of a `metrics.jsonl`, in order; a torn last line, which a crash leaves, is left out.
+
+    Raises UserError for a damaged line anywhere else.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            records.append(decode_record(line.decode("utf-8")))
+        except (ValueError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}, line {number} is not a metric record ({error}); restore the file or remove the line"
+            ) from None
+    return records
+
+
+def curve(path: Path | str) -> list[dict[str, Any]]:
+    """Records without what depends on the clock: equal for two runs that trained alike, bit for bit."""
+    return [{k: v for k, v in record.items() if k != WALL} for record in read_metrics(path)]
+
+
+def schema_markdown() -> str:
+    """The table of `docs/metrics.md`."""
+    rows = ["| field | unit | meaning |", "|---|---|---|", "| `step` | steps | optimizer steps done; never decreases |"]
+    rows += [
+        f"| `{WALL + '.' if metric.wall else ''}{metric.name}` | {metric.unit} | {metric.meaning} |"
+        for metric in METRICS.values()
+    ]
+    return "\n".join(rows) + "\n"

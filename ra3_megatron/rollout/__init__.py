@@ -1,0 +1,1 @@
+"""Sampling: the engine interface, the Megatron engine, interleaved RA3 rollouts."""

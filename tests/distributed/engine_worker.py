@@ -1,0 +1,165 @@
+"""Ranks of the layout-invariance tests: one global batch through the engine in many layouts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ra3_megatron.algo.losses import PolicyLossConfig
+from ra3_megatron.checkpoint.capture import synchronise_parameters
+from ra3_megatron.checkpoint.distributed import load_sharded, save_sharded
+from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.run import config_from_dict
+from ra3_megatron.data.batch import TrainBatch
+from ra3_megatron.model.factory import build_model, unwrap
+from ra3_megatron.parallel.groups import initialize, seed_everything
+from ra3_megatron.training.components import (
+    cross_entropy_component,
+    policy_gradient_component,
+    reference_kl_component,
+)
+from ra3_megatron.training.engine import TrainEngine
+
+SEQ, WINDOWS = 64, 8
+
+
+def architecture(tied: bool) -> Architecture:
+    # 4 layers for interleaved pipelines; a vocabulary that needs padding at every tensor-parallel size.
+    return Architecture("qwen2", 4, 48, 4, 2, 12, 96, 101, tied, True, rope_base=1e4, max_positions=256)
+
+
+def window(index: int) -> dict[str, Any]:
+    """One window: sequences of multiples of 4 tokens, padding at the end, uneven masks."""
+    g = torch.Generator().manual_seed(index)
+    lengths, used = [], 0
+    while SEQ - used > 8 and len(lengths) < 5:
+        length = 4 * int(torch.randint(1, 1 + (SEQ - used) // 4, (), generator=g))
+        lengths.append(length)
+        used += length
+    if used < SEQ:
+        lengths.append(SEQ - used)
+    ids = torch.randint(101, (SEQ,), generator=g)
+    weight = (torch.rand(SEQ, generator=g) < 0.1 + 0.1 * index).float()
+    weight[used:] = 0.0
+    # Windows 4..7 are those of the second replica under DP2: it has no valid cross-entropy token at all.
+    ce = weight if index < 4 else torch.zeros(SEQ)
+    pg = (torch.rand(SEQ, generator=g) < 0.3).float() * (torch.arange(SEQ) < used)
+    noise = torch.randn(3, SEQ, generator=g)
+    return {
+        "lengths": lengths,
+        "ids": ids,
+        "labels": torch.randint(101, (SEQ,), generator=g),
+        "weights": {"cross_entropy": ce, "policy_gradient": pg, "reference_kl": pg},
+        "extras": {
+            "behaviour_log_probs": -4.6 + 0.2 * noise[0],
+            "advantages": noise[1],
+            "reference_log_probs": -4.6 + 0.3 * noise[2],
+        },
+    }
+
+
+def micro_batch(indices: list[int]) -> TrainBatch:
+    windows = [window(i) for i in indices]
+    lengths = [n for w in windows for n in w["lengths"]]
+    return TrainBatch(
+        input_ids=torch.cat([w["ids"] for w in windows]),
+        labels=torch.cat([w["labels"] for w in windows]),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        max_seqlen=max(lengths),
+        weights={k: torch.cat([w["weights"][k] for w in windows]) for k in windows[0]["weights"]},
+        extras={k: torch.cat([w["extras"][k] for w in windows]) for k in windows[0]["extras"]},
+    )
+
+
+def run(layouts: list[dict[str, Any]], folder: str, tied: bool) -> list[dict[str, Any]]:
+    """For every layout: losses, gradient norm; all gradients and all weights after the update go to `folder`."""
+    return [run_one(dict(layout), Path(folder), tied) for layout in layouts]
+
+
+def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
+    name, micro = layout.pop("name"), layout.pop("micro_batch_size", 1)
+    recompute = layout.pop("recompute", "none")
+    arch = architecture(tied)
+    config = config_from_dict(
+        {
+            "parallel": {**layout, "timeout_s": 60},
+            "train": {"steps": 3, "seq_length": SEQ, "micro_batch_size": micro, "global_batch_size": WINDOWS},
+            "model": {"vocab_multiple": 8, "recompute": recompute},
+            # A large epsilon: Adam divides by the root of tiny second moments otherwise, which amplifies rounding.
+            "optimizer": {"lr": 1e-2, "eps": 0.1},
+        }
+    )
+    with initialize(config.parallel) as parallel:
+        seed_everything(1, parallel)
+        chunks = build_model(arch, config.model, parallel)
+        start = folder / f"start-{tied}"
+        if name == "one":
+            save_sharded(start, sharded(chunks), parallel)
+        else:
+            values = load_sharded(start, sharded(chunks), parallel)
+            for i, chunk in enumerate(chunks):
+                chunk.load_state_dict(values[f"chunk{i}"])
+        components = [
+            cross_entropy_component(),
+            policy_gradient_component(PolicyLossConfig(), 0.7),
+            reference_kl_component(0.3),
+        ]
+        engine = TrainEngine(config, arch, parallel, chunks, components, total_steps=3)
+        share = WINDOWS // parallel.sizes.data
+        mine = list(range(parallel.data_rank * share, (parallel.data_rank + 1) * share))
+        batches = [micro_batch(mine[i : i + micro]) for i in range(0, len(mine), micro)]
+        evaluated = engine.evaluate(batches)
+        result = engine.train_step(batches, step=1)
+        save_sharded(folder / f"grads-{name}-{tied}", gradients(engine), parallel)
+        second = engine.train_step(batches, step=2)
+        synchronise_parameters(engine.chunks)
+        save_sharded(folder / f"weights-{name}-{tied}", sharded([unwrap(c) for c in engine.chunks]), parallel)
+        return {
+            "name": name,
+            "evaluated": evaluated.loss,
+            "loss": result.loss,
+            "components": result.components,
+            "weights": result.weights,
+            "grad_norm": result.grad_norm,
+            "second": second.loss,
+        }
+
+
+def sharded(chunks: list[Any]) -> dict[str, Any]:
+    return {f"chunk{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
+
+
+def gradients(engine: TrainEngine) -> dict[str, Any]:
+    """The model's sharded state dict with gradients in place of weights.
+
+    The distributed optimizer leaves each replica its share of the reduced gradient: gather them first. Clipping has
+    scaled them by the same factor in every layout.
+    """
+    for chunk in engine.chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                group = engine.parallel.pg_collection.dp_cp
+                share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
+    out = {}
+    for i, chunk in enumerate(engine.chunks):
+        model = unwrap(chunk)
+        state = model.sharded_state_dict()
+        by_pointer = {p.data_ptr(): p for p in model.parameters()}
+        out[f"chunk{i}"] = replace_data(state, by_pointer)
+    return out
+
+
+def replace_data(state: dict[str, Any], by_pointer: dict[int, Any]) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    found = {}
+    for key, entry in state.items():
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
+            parameter = by_pointer.get(entry.data.data_ptr())
+            if parameter is not None:
+                entry.data = parameter.main_grad.view_as(parameter)
+                found[key] = entry
+    return found

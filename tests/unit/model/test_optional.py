@@ -1,0 +1,63 @@
+"""Transformer Engine and apex as they are found on real machines, with fake packages on the path."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.model import optional
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder on the path for fake packages."""
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    importlib.invalidate_caches()
+    for name in [m for m in sys.modules if m.split(".")[0] in ("apex", "transformer_engine")]:
+        del sys.modules[name]
+
+
+def _fake(folder, name, version=None):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text("")
+    if version:
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    importlib.invalidate_caches()
+
+
+def test_wrong_apex_is_named(packages):
+    """The registry's apex is a web toolkit of 2013; with it Megatron's import ends in a ValueError."""
+    optional.check_apex()
+    _fake(packages, "apex")
+    with pytest.raises(UserError, match="pip uninstall apex"):
+        optional.check_apex()
+    _fake(packages / "apex", "multi_tensor_apply")
+    optional.check_apex()
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "usable", "reason"),
+    [
+        ("2.20.2", True, True, ""),
+        ("2.18", True, True, ""),
+        ("2.20.2", False, False, "needs a GPU"),
+        ("2.21.0", True, False, ">=2.18,<2.21"),
+        ("1.13.0", True, False, ">=2.18,<2.21"),
+        (None, True, False, "without release information"),
+    ],
+)
+def test_transformer_engine_releases(packages, monkeypatch, version, gpu, usable, reason):
+    """A release Megatron was not made for fails in the middle of building a layer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    _fake(packages, "transformer_engine", version)
+    found = optional.transformer_engine()
+    assert found.usable is usable
+    assert reason in found.reason
+    if not usable:
+        with pytest.raises(UserError, match=r"'ra3-megatron\[te\]'"):
+            optional.require_te("model.precision fp8")

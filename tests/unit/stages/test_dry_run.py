@@ -1,0 +1,113 @@
+"""`--dry-run`: what it prints for every shipped configuration, without a model folder, corpus or GPU."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.estimate import estimate_memory
+from ra3_megatron.config.run import RunConfig, config_from_dict, load_config
+from ra3_megatron.config.validate import resolve_layout
+from ra3_megatron.stages.dry_run import declared_architecture, default_world, dry_run
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+PUBLISHED = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "smollm2-135m": 134_515_008,
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No model folder lies where a test runs, and no launcher's variables are set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def printed(capsys, config: RunConfig, world: int | None = None) -> str:
+    dry_run(config, world)
+    return re.sub(r"[\s│┃|]+", " ", capsys.readouterr().out)
+
+
+def test_there_are_configurations():
+    assert {p.stem for p in CONFIGS} >= {"quickstart", *PUBLISHED}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_every_shipped_configuration_can_be_reckoned(path, replicas, capsys, tmp_path):
+    """A shipped file that does not load, or needs the model to say how large it is."""
+    config = load_config(path)
+    world = default_world(replace(config, parallel=replace(config.parallel, data=None)))[0] * replicas
+    config = replace(config, parallel=replace(config.parallel, data=None))
+    text = printed(capsys, config, world)
+    architecture, where = declared_architecture(config)
+    layout = resolve_layout(config, world, architecture)
+    assert f"{architecture.parameter_count:,} parameters" in text
+    if path.stem in PUBLISHED:
+        assert architecture.parameter_count == PUBLISHED[path.stem]
+        assert "is not on this machine" in where
+    t = config.train
+    # The arithmetic, by hand.
+    p = config.parallel
+    assert f"{world} (--world-size) = tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} x data" in text
+    per_replica = world // (p.tensor * p.pipeline * p.context)
+    assert t.micro_batch_size * per_replica * layout.micro_batches == t.global_batch_size
+    assert f"micro-batch {t.micro_batch_size} x data {per_replica} x {layout.micro_batches} micro-batches" in text
+    assert f"{t.global_batch_size * t.seq_length:,} = {t.global_batch_size} windows x {t.seq_length} tokens" in text
+    memory = estimate_memory(config, architecture, layout)
+    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
+        value = getattr(memory, name)
+        assert value > 0
+        assert f"{name} {value / 2**30:.2f}" in text
+    assert f"{memory.total / 2**30:.2f} GiB" in text
+    assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
+
+
+def test_printed_configuration_is_the_resolved_one(capsys, tmp_path):
+    """What is printed must run as it stands: overrides and defaults included."""
+    config = load_config(CONFIGS[0], ["run.seed=77"])
+    dry_run(config)
+    text = capsys.readouterr().out
+    body = text.split("# resolved configuration", 1)[1].split("dry run: nothing was started")[0]
+    (tmp_path / "printed.yaml").write_text(body)
+    assert load_config(tmp_path / "printed.yaml") == config
+
+
+def test_world_that_does_not_fit_is_refused():
+    """The dry run is where one finds out, not the queue."""
+    config = config_from_dict({"train": {"steps": 1}, "model": {"architecture": {}}, "parallel": {"tensor": 2}})
+    with pytest.raises(UserError, match=r"parallel\.tensor|tensor 2"):
+        dry_run(config, 3)
+
+
+def test_neither_model_nor_shape_is_refused():
+    """Nothing can be said about a model that is not there and not described."""
+    with pytest.raises(UserError, match=r"model\.architecture for a dry run"):
+        dry_run(config_from_dict({"train": {"steps": 1}, "model": {"source": "models/none"}}))
+    with pytest.raises(UserError, match="both unset"):
+        dry_run(config_from_dict({"train": {"steps": 1}}))
+
+
+def test_processes_are_the_launchers_or_one_replica(monkeypatch):
+    """Under torchrun the figures are of that launch."""
+    config = config_from_dict({"parallel": {"tensor": 2, "pipeline": 2}})
+    assert default_world(config)[0] == 4
+    assert default_world(config_from_dict({"parallel": {"tensor": 2, "data": 3}}))[0] == 6
+    for name, value in (
+        ("RANK", "1"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert default_world(config) == (8, "from torchrun")
+
+
+def test_length_in_tokens_is_rounded_up_to_steps(capsys):
+    """1,000 tokens at 8 x 512 a step are one step of 4,096."""
+    text = printed(capsys, config_from_dict({"train": {"tokens": 1000}, "model": {"architecture": {}}}))
+    assert "1 steps, 4,096 tokens" in text

@@ -143,6 +143,9 @@ class DataConfig:
     """Human comments: `strip` removes them, `keep_as_action` leaves them as lines of the expert."""
     long_snippets: Literal["error", "split", "drop"] = "split"
     """Documents above the sequence length: `error`, `split` at logical lines, or `drop`."""
+    snippet_tokens: int | None = None
+    """Most tokens of a snippet, at most train.seq_length, which it is when this is none. Thoughts need room: a snippet
+    with its thoughts must fit into train.seq_length."""
     validation_fraction: float = 0.02
     """Part of the documents held out, chosen by a hash of the text, so that order and limits do not matter."""
     workers: int = 0
@@ -152,6 +155,7 @@ class DataConfig:
         _one_of("data.comments", self.comments, ("strip", "keep_as_action"))
         _one_of("data.long_snippets", self.long_snippets, ("error", "split", "drop"))
         _at_least("data.workers", self.workers, 0)
+        _at_least("data.snippet_tokens", self.snippet_tokens, 8)
         if not 0 <= self.validation_fraction < 1:
             raise UserError(
                 f"data.validation_fraction = {self.validation_fraction}; it is a fraction; set 0 up to below 1"

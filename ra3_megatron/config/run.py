@@ -14,6 +14,7 @@ from yaml import YAMLError
 from ra3_megatron.config.data import DataConfig
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.files import atomic_write_text
+from ra3_megatron.config.ra3 import BaseConfig, GenerateConfig, LatentConfig, MeasureConfig, VariationalConfig
 from ra3_megatron.config.sections import (
     CheckpointConfig,
     ExportConfig,
@@ -36,6 +37,16 @@ class RunConfig:
     """Which model, in which numbers."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus, tokenizer, filters."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """A base model made here."""
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    """How thoughts are written and sampled."""
+    variational: VariationalConfig = field(default_factory=VariationalConfig)
+    """E-step."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """Rationale generation."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    """Held-out measurements."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Spread over processes."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.ra3 import ARMS
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; exactly one of steps, tokens, epochs is set."""
     tokens: int | None = None
-    """Tokens (padding included) to train on; rounded up to whole steps."""
+    """Tokens (padding included) of the corpus without thoughts to train on; rounded up to whole steps. With thoughts
+    the same code takes more windows, and so proportionally more steps."""
     epochs: float | None = None
     """Passes over the packed corpus; rounded up to whole steps."""
     eval_interval: int = 0
@@ -84,6 +87,10 @@ class TrainConfig:
     """A NaN or infinite loss or gradient norm ends the run, or the step is skipped and counted."""
     max_skipped_steps: int = 10
     """Skipped steps in a row after which the run stops all the same."""
+    loss_on: Literal["all", "code"] = "all"
+    """Tokens of the bootstrapped set that the M-step learns to predict: thoughts and code, or code alone."""
+    init: Literal["base", "policy"] = "base"
+    """Weights the M-step starts from: those the round began with, or those of q after the E-step."""
 
 
 @dataclass(frozen=True)
@@ -186,5 +193,16 @@ class RunSection:
     """Run folder; relative to the working folder. Every command on the same folder goes on where it stopped."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
-    arm: Literal["ntp"] = "ntp"
-    """What is trained: `ntp` = plain next-token prediction."""
+    arms: tuple[str, ...] = ("ra3",)
+    """What is trained, one after the other from the same base on the same corpus: `ra3`, and the baselines `ntp`
+    (next-token prediction), `self_comment` (thoughts of the base model), `bolt` (its thoughts, resampled by importance
+    weight), `brite` (one reward for the whole snippet). The first is the one that is exported."""
+    rounds: int = 1
+    """EM rounds: variational update, rationale generation and fine-tuning, each from the last one's weights."""
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or not self.arms or len(set(self.arms)) != len(self.arms):
+            raise UserError(f"run.arms = {list(self.arms)}; give one or more of {', '.join(ARMS)}, each once")
+        if self.rounds < 1:
+            raise UserError(f"run.rounds = {self.rounds}; it must be at least 1")

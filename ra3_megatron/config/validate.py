@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.ra3 import THINKING_ARMS
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.sections import ParallelConfig
 
@@ -58,6 +59,7 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
     _check_train_length(config)
     _check_optimizer(config)
     data = replicas(p, world)
+    _check_ra3(config, data)
     check_model_split(p, architecture)
     _check_windows(config, architecture)
     if t.global_batch_size % (t.micro_batch_size * data):
@@ -129,6 +131,30 @@ def _check_optimizer(config: RunConfig) -> None:
         raise UserError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true")
     if p.timeout_s <= 0 or config.checkpoint.timeout_s <= 0:
         raise UserError("parallel.timeout_s and checkpoint.timeout_s must be positive seconds")
+
+
+def _check_ra3(config: RunConfig, data: int) -> None:
+    if config.base.tokens and config.model.source is not None:
+        raise UserError(
+            f"base.tokens is {config.base.tokens} and model.source is {config.model.source}; a base model is brought "
+            "along or made here; set one of them"
+        )
+    room, length = config.train.seq_length, config.data.snippet_tokens
+    if length is not None and length > room:
+        raise UserError(f"data.snippet_tokens ({length}) exceeds train.seq_length ({room}); lower it")
+    thinking = [arm for arm in config.run.arms if arm in THINKING_ARMS]
+    if not thinking:
+        return
+    if config.parallel.context > 1:
+        raise UserError(
+            f"run.arms has {thinking[0]} and parallel.context is {config.parallel.context}; the rollout engine's cache "
+            "is not split along the sequence; set parallel.context to 1"
+        )
+    if config.variational.snippets_per_step % data:
+        raise UserError(
+            f"variational.snippets_per_step ({config.variational.snippets_per_step}) is not a multiple of the {data} "
+            f"replicas; use {_round_up(config.variational.snippets_per_step, data)}"
+        )
 
 
 class Sizes(Protocol):

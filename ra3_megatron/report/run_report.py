@@ -227,7 +227,7 @@ def _facts(config: dict[str, Any]) -> list[Row]:
     parallel = [f"{short}\N{NO-BREAK SPACE}{size}" for short, name in sizes if (size := get(f"parallel.{name}"))]
     corpus = " ".join(str(v) for v in (get("data.corpus.kind"), get("data.corpus.path")) if v)
     rows = [
-        ("arm", get("run.arm")),
+        ("arms", ", ".join(get("run.arms") or [])),
         ("model", get("model.source") or "random weights"),
         ("precision", get("model.precision")),
         ("corpus", corpus),

@@ -24,7 +24,7 @@ def write_corpus(folder: Path) -> Path:
 def config(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
     """A configuration on `write_corpus(folder / "code")`; `changes` are merged section by section."""
     base: dict[str, dict[str, Any]] = {
-        "run": {"dir": str(folder / "run"), "seed": 7},
+        "run": {"dir": str(folder / "run"), "seed": 7, "arms": ["ntp"]},
         "model": {
             "architecture": {
                 "family": "qwen2", "num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2,

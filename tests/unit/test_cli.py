@@ -187,7 +187,7 @@ cli.main()
 
 def test_report_command_builds_the_page(tmp_path: Path) -> None:
     """The command and the function drifted apart."""
-    (tmp_path / "config.yaml").write_text("run: {arm: ntp}\n")
+    (tmp_path / "config.yaml").write_text("run: {arms: [ntp]}\n")
     done = ra3("report", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"wrote {tmp_path / 'report.html'}\n"

@@ -3,9 +3,11 @@
 Line by line this would be one forward pass per token. Instead a chunk of the coming expert tokens is forced in at once
 and every decision in it is read and drawn: up to the first `think` this is what line-by-line sampling does, since the
 text up to there is the same. The row is then shortened to that decision, the thought is sampled, and the next chunk
-follows. The same random numbers give the same rollouts for any chunk size, batch and number of processes.
+follows. The same random numbers give the same rollouts for any chunk size, batch and number of processes. A chunk ends
+with a line, so a line that gets a thought has been scored without it before.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,8 +34,9 @@ class RolloutSettings:
     max_latent_tokens: int = 32
     """Sampled tokens of a thought, the deciding one included; a longer thought is ended by force."""
     chunk_tokens: int = 64
-    """Most expert tokens of a row forced in by one forward pass; no effect on the results. Fewer waste fewer tokens
-    behind a thought, more need fewer passes; a row's chunks are smaller while its thoughts are frequent."""
+    """Most expert tokens of a row forced in by one forward pass, but always whole lines and at least one; no effect on
+    the results. Fewer waste fewer tokens behind a thought, more need fewer passes; a row's chunks are smaller while its
+    thoughts are frequent."""
 
 
 class Uniforms(Protocol):
@@ -78,6 +81,9 @@ class Rollout:
     line_log_probs: np.ndarray = field(repr=False)
     """float64 [lines]: log-likelihood of every expert line after its thought, sum over its tokens, nats, temperature
     1. The very first token of a text without start token or prompt has none and counts 0."""
+    without_thought: np.ndarray = field(repr=False)
+    """float64 [lines]: the same for a line with a thought, after the same earlier latents but without its own thought;
+    NaN for lines without one."""
     p_think: np.ndarray = field(repr=False)
     """float64 [decisions]: probability of a thought, after temperature, aligned with `trajectory.decisions`."""
     thought: np.ndarray = field(repr=False)
@@ -159,13 +165,15 @@ class _Walk:
         self._at = first.end if first.kind == Kind.PROMPT else 1
         self._ids: list[int] = expert.ids[: self._at].tolist()
         self.row = engine.open(self._ids)
-        self._starts = {s.line: s.start for s in expert.segments if s.kind == Kind.CODE}
+        code = [s for s in expert.segments if s.kind == Kind.CODE]
+        self._starts, self._ends = [s.start for s in code], [s.end for s in code]
         self._carry: list[int] = []
         self._next_decision = 0
         self._in_chunk: list[Decision] = []
         self._line: int | None = None  # of the thought that is being sampled
         self._begin = self._sampled = 0
         self._token_log_probs = np.zeros(len(expert.ids))
+        self._without_thought = np.full(expert.num_lines, np.nan)
         self._offered: list[Decision] = []
         self._p_think: list[float] = []
         self._actions: list[tuple[int, float, float]] = []
@@ -183,7 +191,7 @@ class _Walk:
         if self._line is not None:
             uniform = float(self.uniforms[self._line, 1 + self._sampled])
             return Extend(self.row, self._carry, [Query(offset, self.rules.allowed, uniform)], append=True)
-        end = min(self._at + self._chunk(), len(self.expert.ids))
+        end = self._chunk_end()
         self._in_chunk = []
         for decision in self.expert.decisions[self._next_decision :]:
             if decision.position >= end:
@@ -195,9 +203,11 @@ class _Walk:
         ]
         return Extend(self.row, [*self._carry, *self.expert.ids[self._at : end].tolist()], queries)
 
-    def _chunk(self) -> int:
-        """Mean number of expert tokens between two thoughts of this row so far."""
-        return max(1, min(self.settings.chunk_tokens, (FIRST_CHUNK + self._at) // (1 + len(self._thoughts))))
+    def _chunk_end(self) -> int:
+        """End of the last line within the mean distance of two thoughts so far, tokens; at least one line's end."""
+        expected = min(self.settings.chunk_tokens, (FIRST_CHUNK + self._at) // (1 + len(self._thoughts)))
+        lines = bisect_right(self._ends, self._at + expected)
+        return self._ends[max(lines - 1, bisect_right(self._ends, self._at))]
 
     def absorb(self, extend: Extend, answer: Answer) -> None:
         """Go on with the answer to what `extend` asked."""
@@ -222,10 +232,15 @@ class _Walk:
             self._p_think.append(p_think)
             if self.uniforms[decision.line, 0] < p_think:
                 self._actions.append((place, float(answer.drawn_log_probs[i]), 0.0))
+                self._without_thought[decision.line] = self._line_log_prob(decision.line)
                 self._think(decision, int(answer.drawn[i]), place)
                 return
             self._actions.append((place, float(np.log1p(-p_think)), 0.0))
         self._at += forced
+
+    def _line_log_prob(self, line: int) -> float:
+        """Sum over a line's tokens as they were last forced in, nats."""
+        return float(self._token_log_probs[self._starts[line] : self._ends[line]].sum())
 
     def _fits(self, decision: Decision, place: int) -> bool:
         """Whether a thought of any length that begins at `place`, and the rest of the text, fit into the row."""
@@ -257,10 +272,6 @@ class _Walk:
 
     def result(self) -> Rollout:
         """The finished rollout."""
-        lines = np.zeros(self.expert.num_lines)
-        for segment in self.expert.segments:
-            if segment.kind == Kind.CODE:
-                lines[segment.line] = self._token_log_probs[segment.start : segment.end].sum()
         actions = np.array(self._actions, dtype=np.float64).reshape(-1, 3)
         infused = splice(replace(self.expert, decisions=tuple(self._offered)), self._thoughts)
         assert self._ids == infused.ids.tolist(), "the row and the spliced text differ"
@@ -268,7 +279,8 @@ class _Walk:
             number=self.place[0],
             member=self.place[1],
             trajectory=infused,
-            line_log_probs=lines,
+            line_log_probs=np.array([self._line_log_prob(line) for line in range(self.expert.num_lines)]),
+            without_thought=self._without_thought,
             p_think=np.array(self._p_think),
             thought=np.array([d.line in self._thoughts for d in self._offered], dtype=bool),
             positions=actions[:, 0].astype(np.int64),

@@ -62,6 +62,7 @@ class NaiveRollout:
     thoughts: dict[int, list[int]] = field(default_factory=dict)
     p_think: list[float] = field(default_factory=list)
     line_log_probs: list[float] = field(default_factory=list)
+    without_thought: list[float] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
     actions: list[tuple[int, float]] = field(default_factory=list)
     log_allowed: list[float] = field(default_factory=list)
@@ -81,11 +82,18 @@ def naive_rollout(chunk, vocab_size, expert, uniforms, temperature, max_latent, 
         weights = np.exp(log_probs[among])
         return int(among[np.searchsorted(weights.cumsum(), uniform * weights.sum(), side="right")]), weights.sum()
 
+    def line_log_prob(before, line_ids):
+        """Sum over the line's tokens after `before`, temperature 1; the text's very first token has no prediction."""
+        ids = before + line_ids
+        scores = full_log_probs(chunk, vocab_size, ids).numpy()
+        return sum(scores[i - 1, ids[i]] for i in range(max(1, len(before)), len(ids)))
+
     decisions = {d.line: d for d in expert.decisions}
     for line in range(expert.num_lines):
         segment = expert.segment(line)
         line_ids = expert.ids[segment.start : segment.end].tolist()
         decision = decisions.get(line)
+        out.without_thought.append(np.nan)
         if decision is not None:
             forced = list(decision.forced)
             assert forced == line_ids[: len(forced)]
@@ -95,6 +103,7 @@ def naive_rollout(chunk, vocab_size, expert, uniforms, temperature, max_latent, 
             token, p_think = draw(log_probs, think_set.ids, uniforms[line, 1])
             out.p_think.append(p_think)
             if uniforms[line, 0] < p_think:
+                out.without_thought[-1] = line_log_prob(out.ids, line_ids)
                 out.actions.append((len(at), log_probs[token]))
                 out.log_allowed.append(0.0)
                 thought = [*forced, token, *think_set.forced_after(token)]
@@ -114,7 +123,6 @@ def naive_rollout(chunk, vocab_size, expert, uniforms, temperature, max_latent, 
             else:
                 out.actions.append((len(at), np.log1p(-p_think)))
                 out.log_allowed.append(0.0)
-        known, out.ids = len(out.ids), out.ids + line_ids
-        scores = full_log_probs(chunk, vocab_size, out.ids).numpy()
-        out.line_log_probs.append(sum(scores[i - 1, out.ids[i]] for i in range(max(1, known), len(out.ids))))
+        out.line_log_probs.append(line_log_prob(out.ids, line_ids))
+        out.ids = out.ids + line_ids
     return out

@@ -15,6 +15,7 @@ from ra3_megatron.rollout.megatron import MegatronEngine
 from tests.unit.rollout.naive import OftenThinks, naive_rollout, texts_and_tokens
 
 MAX_LATENT = 6
+ARRAYS = "line_log_probs", "without_thought", "p_think", "thought", "positions", "log_probs", "log_allowed"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def same(one, other):
         assert a.trajectory.ids.tolist() == b.trajectory.ids.tolist()
         assert a.trajectory.segments == b.trajectory.segments
         assert a.trajectory.decisions == b.trajectory.decisions
-        for name in ("line_log_probs", "p_think", "thought", "positions", "log_probs", "log_allowed"):
+        for name in ARRAYS:
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-4, err_msg=name)
 
 
@@ -67,6 +68,7 @@ def test_chunked_equals_line_by_line(model, texts, parallel, seed, chunk, temper
         assert list(one.truncated) == naive.truncated
         np.testing.assert_allclose(one.p_think, naive.p_think, rtol=1e-4, atol=1e-7)
         np.testing.assert_allclose(one.line_log_probs, naive.line_log_probs, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(one.without_thought, naive.without_thought, rtol=0, atol=1e-4)
         np.testing.assert_allclose(one.log_probs, [x for _, x in naive.actions], rtol=0, atol=1e-5)
         np.testing.assert_allclose(one.log_allowed, naive.log_allowed, rtol=0, atol=1e-5)
 
@@ -101,6 +103,7 @@ def test_rollouts_are_sound(group, texts, model):
             assert decision.position in positions
             is_think = infused.ids[decision.position] in think_tokens[decision.think_set].ids
             assert is_think == thought
+        assert np.flatnonzero(~np.isnan(one.without_thought)).tolist() == sorted(infused.thoughts())
         sampled = 0
         for decision, thought in zip(infused.decisions, one.thought, strict=True):
             if thought:

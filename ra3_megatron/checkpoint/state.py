@@ -23,6 +23,8 @@ class TrainState:
     """Rounds of expectation-maximisation completed."""
     tokens: int = 0
     """Tokens trained on, padding left out."""
+    code_tokens: int = 0
+    """Tokens of code among them: what training lengths are compared by."""
     samples: int = 0
     """Windows consumed from the data set."""
     skipped_steps: int = 0

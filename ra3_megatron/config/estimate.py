@@ -11,6 +11,14 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import Layout
 
 
+def flops(a: Architecture, tokens: float, context: float, training: bool) -> float:
+    """Floating-point operations of `tokens` tokens that attend to `context` tokens on average.
+
+    A forward pass is a third of a training step's forward and backward passes.
+    """
+    return a.flops_per_token(context) * tokens / (1 if training else 3)
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on the fullest rank, by purpose, and its number of parameters."""

@@ -145,6 +145,11 @@ def _check_ra3(config: RunConfig, data: int) -> None:
     thinking = [arm for arm in config.run.arms if arm in THINKING_ARMS]
     if not thinking:
         return
+    if config.model.source is None and not config.base.tokens:
+        raise UserError(
+            f"run.arms has {thinking[0]}, but neither model.source nor base.tokens is set; thoughts come from a "
+            "language model: bring one, or have one trained first"
+        )
     if config.parallel.context > 1:
         raise UserError(
             f"run.arms has {thinking[0]} and parallel.context is {config.parallel.context}; the rollout engine's cache "

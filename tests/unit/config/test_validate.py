@@ -12,6 +12,7 @@ ARCH = Architecture()
 def config(**sections):
     sections.setdefault("train", {})
     sections["train"] = {"steps": 4, **sections["train"]}
+    sections.setdefault("run", {"arms": ["ntp"]})
     return config_from_dict(sections)
 
 
@@ -47,6 +48,11 @@ def test_arithmetic_by_hand():
         ({"optimizer": {"warmup_steps": 4}}, 1, ("warmup_steps", "train.steps")),
         ({"parallel": {"overlap_param_gather": True}}, 1, ("overlap_param_gather", "overlap_grad_reduce")),
         ({"train": {"micro_batch_size": 0}}, 1, ("train.micro_batch_size", "at least 1")),
+        ({"run": {"arms": ["ra3"]}}, 1, ("run.arms", "model.source", "base.tokens")),
+        ({"run": {"arms": ["ra3"]}, "base": {"tokens": 9}, "parallel": {"context": 2}}, 2, ("parallel.context", "ra3")),
+        ({"run": {"arms": ["ra3"]}, "base": {"tokens": 9}, "variational": {"snippets_per_step": 9}}, 2, ("use 10",)),
+        ({"base": {"tokens": 9}, "model": {"source": "x"}}, 1, ("base.tokens", "model.source")),
+        ({"data": {"snippet_tokens": 513}}, 1, ("data.snippet_tokens", "train.seq_length")),
     ],
 )
 def test_each_rule_names_its_fields_and_a_cure(sections, world, names):

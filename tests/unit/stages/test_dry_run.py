@@ -109,5 +109,7 @@ def test_processes_are_the_launchers_or_one_replica(monkeypatch):
 
 def test_length_in_tokens_is_rounded_up_to_steps(capsys):
     """1,000 tokens at 8 x 512 a step are one step of 4,096."""
-    text = printed(capsys, config_from_dict({"train": {"tokens": 1000}, "model": {"architecture": {}}}))
+    text = printed(
+        capsys, config_from_dict({"run": {"arms": ["ntp"]}, "train": {"tokens": 1000}, "model": {"architecture": {}}})
+    )
     assert "1 steps, 4,096 tokens" in text

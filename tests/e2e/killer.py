@@ -1,7 +1,9 @@
 """Kill a run at random moments until it is done: `python -m tests.e2e.killer FOLDER CONFIG KILLS SEED`.
 
+With KILLS = `stages` it is killed twice in every stage, shortly after the stage began and later on in it.
 Everything heavy is imported once; each attempt is a forked process in a session of its own, so that twenty attempts
-cost seconds of start-up and not minutes. Prints one JSON line: how often it was killed, and how often during a save.
+cost seconds of start-up and not minutes. Prints one JSON line: how often it was killed, how often during a save, and
+in which stages.
 """
 
 import json
@@ -12,7 +14,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Imported here so that every attempt starts with them in memory.
 import megatron.core.optimizer  # noqa: F401
@@ -104,11 +108,32 @@ def moment(run_dir: Path, chance: random.Random) -> Callable[[float], bool]:
     return lambda _: last_step(run_dir) >= wanted
 
 
-def run_with_kills(config_path: str, run_dir: Path, log: Path, kills: int, chance: random.Random) -> dict[str, int]:
-    """`kills` attempts that are killed, then one that is not."""
+def in_stage(run_dir: Path, whole: Path, name: str, chance: random.Random) -> Callable[[float], bool]:
+    """A moment inside of one stage: at any time from its begin to about its end, as long as the whole run took."""
+    done = whole / name / "DONE"
+    length = max(0.05, done.stat().st_mtime - min(p.stat().st_mtime for p in (whole / name / "logs").glob("0*/*")))
+    wait, begun = chance.uniform(0.0, 0.8) * length, []
+
+    def due(_: float) -> bool:
+        if not begun and (run_dir / name / "logs").exists():
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() - begun[0] > wait
+
+    return due
+
+
+def run_with_kills(
+    config_path: str,
+    run_dir: Path,
+    log: Path,
+    moments: list[Callable[[], Callable[[float], bool]]],
+    chance: random.Random,
+) -> dict[str, Any]:
+    """As many attempts that are killed as there are `moments`, then one that is not."""
     killed = in_save = 0
-    while killed < kills:
-        start, due = time.monotonic(), moment(run_dir, chance)
+    where: list[str] = []
+    for make in moments:
+        start, due = time.monotonic(), make()
         pid, code = attempt(config_path, run_dir, log), None
         try:
             while (code := ended(pid)) is None and not due(time.monotonic() - start):
@@ -118,23 +143,30 @@ def run_with_kills(config_path: str, run_dir: Path, log: Path, kills: int, chanc
             if code is None:
                 time.sleep(chance.uniform(0.0, 0.02))
                 in_save += saving(run_dir)
+                where += [p.name for p in sorted(run_dir.glob("*-*")) if p.is_dir() and not (p / "DONE").exists()][:1]
         finally:
             # Whatever went wrong here, no attempt may live on by itself.
             if code is None:
                 kill(pid)
         if code == 0:
-            break
+            return {"killed": killed, "in_save": in_save, "stages": where}
         if code is not None:
             raise SystemExit(f"attempt failed by itself with {code}: {log.read_text()[-3000:]}")
         killed += 1
     run_to_the_end(config_path, run_dir, log)
-    return {"killed": killed, "in_save": in_save}
+    return {"killed": killed, "in_save": in_save, "stages": where}
 
 
 def main() -> None:
-    folder, config_path, kills, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    folder, config_path, kills, chance = Path(sys.argv[1]), sys.argv[2], sys.argv[3], random.Random(int(sys.argv[4]))
     whole = run_to_the_end(config_path, folder / "whole", folder / "whole.log")
-    counts = run_with_kills(config_path, folder / "killed", folder / "killed.log", kills, random.Random(seed))
+    run_dir = folder / "killed"
+    if kills == "stages":
+        stages = sorted(p.parent.name for p in (folder / "whole").glob("*/DONE"))
+        moments = [partial(in_stage, run_dir, folder / "whole", name, chance) for name in stages for _ in range(2)]
+    else:
+        moments = [partial(moment, run_dir, chance)] * int(kills)
+    counts = run_with_kills(config_path, run_dir, folder / "killed.log", moments, chance)
     print(json.dumps({**counts, "whole_seconds": whole}))
 
 

@@ -30,6 +30,7 @@ REQUIRED = [
     "torch>=2.11",
     "megatron-core>=0.19,<0.20",
     "numpy>=2",
+    "scipy>=1.14",  # evaluation: intervals and tests
     "einops>=0.8",
     "packaging>=24",
     "psutil>=6",  # megatron-core's checkpoint writer imports it without declaring it
@@ -41,6 +42,7 @@ REQUIRED = [
     "protobuf>=5",
     "gguf>=0.17",
     "datasets>=4",
+    "pyarrow>=21",
     "datasketch>=1.6",
     # configuration, command line, reports
     "omegaconf>=2.3",

@@ -71,5 +71,5 @@ def _number(value: Any) -> float | None:
 
 def write_rationales(path: Path | str, records: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, the whole file at once: a reader sees the old file or the new one."""
-    content = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     atomic_write_text(path, content)

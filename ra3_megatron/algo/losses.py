@@ -5,6 +5,7 @@ by the component's own global weight.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ def cross_entropy(log_probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """Clipping of the policy-gradient loss."""
+    """How the policy-gradient loss corrects for rollouts of an older policy."""
 
+    correction: Literal["clip", "truncate"] = "clip"
+    """`clip`: the ratio, clipped as PPO does; `truncate`: the score function weighted with min(current/behaviour,
+    max_importance_weight), which never stops the gradient of an action that has become less likely."""
     clip_low: float = 0.2
     """The ratio current/behaviour is clipped below 1 - clip_low where that lowers the objective."""
     clip_high: float = 0.2
@@ -26,7 +30,11 @@ class PolicyLossConfig:
     dual_clip: float | None = None
     """Upper bound of the loss at negative advantages, in multiples of |advantage|; none = unbounded."""
     max_importance_weight: float = 2.0
-    """Truncation of the correction proximal/behaviour for rollouts of an older policy."""
+    """Truncation of the weight: of current/behaviour for `truncate`, of proximal/behaviour for `clip`."""
+
+    def __post_init__(self):
+        if self.correction not in ("clip", "truncate"):
+            raise ValueError(f"unknown correction '{self.correction}'; known are clip, truncate")
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class PolicyLoss:
     ratio: Tensor
     """[tokens] current over proximal probability, detached."""
     clipped: Tensor
-    """[tokens] bool: the clip was active."""
+    """[tokens] bool: the clip was active, or the weight was truncated."""
     importance_weight: Tensor
     """[tokens] truncated proximal/behaviour weight, detached."""
 
@@ -56,8 +64,12 @@ def policy_loss(
     `proximal` of the policy at the start of the update: all [tokens], the log-probs at the same temperature.
     With `proximal` the ratio is current/proximal and each token is weighted with min(proximal/behaviour,
     max_importance_weight) (decoupled objective); without it the ratio is current/behaviour and the weight is 1.
-    (Paper Eq. 4.1; clipping as in PPO, Eq. 7.)
+    `truncate` knows no `proximal` (ValueError). (Paper Eq. 4.1; clipping as in PPO, Eq. 7.)
     """
+    if config.correction == "truncate":
+        if proximal is not None:
+            raise ValueError("correction 'truncate' weights with current/behaviour; leave proximal log-probs out")
+        return _truncated(log_probs, behaviour, advantages, config.max_importance_weight)
     anchor = behaviour if proximal is None else proximal
     ratio = torch.exp(log_probs - anchor)
     clipped_ratio = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
@@ -76,6 +88,15 @@ def policy_loss(
         weight = torch.exp(proximal - behaviour).clamp(max=config.max_importance_weight)
     weight = weight.detach()
     return PolicyLoss(loss=loss * weight, ratio=ratio.detach(), clipped=active.detach(), importance_weight=weight)
+
+
+def _truncated(log_probs: Tensor, behaviour: Tensor, advantages: Tensor, bound: float) -> PolicyLoss:
+    """Score-function gradient with weight min(current/behaviour, bound)."""
+    ratio = torch.exp(log_probs - behaviour).detach()
+    weight = ratio.clamp(max=bound)
+    # The last factor is 1 and has the gradient of log_probs, so the value compares with that of the clipped loss.
+    loss = -advantages * weight * torch.exp(log_probs - log_probs.detach())
+    return PolicyLoss(loss=loss, ratio=ratio, clipped=ratio > bound, importance_weight=weight)
 
 
 def reference_kl(log_probs: Tensor, reference: Tensor, estimator: str = "k3") -> Tensor:

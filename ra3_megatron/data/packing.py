@@ -119,16 +119,18 @@ def pack(lengths: np.ndarray, seq_length: int, pad_multiple: int = 1, seed: int 
 def train_sequence(
     trajectory: Trajectory, eos_id: int | None, loss_on: Literal["all", "code"] = "all"
 ) -> TrainSequence:
-    """Next-token prediction on a trajectory: weight 1 on thoughts and code (`all`) or on code, else 0.
+    """Next-token prediction on a trajectory: `cross_entropy` is 1 on thoughts and code (`all`) or on code, else 0.
 
-    The prompt, start token included, has no weight. The end token follows where the document ends.
+    The prompt, start token included, has no weight. The end token follows where the document ends and counts as code.
+    `code_cross_entropy` is 1 on code whatever the loss is on: figures compare between texts with and without thoughts.
     """
     ids, kinds = trajectory.ids, trajectory.kinds()
     if trajectory.ends_document and eos_id is not None:
         ids = np.append(ids, np.int32(eos_id))
         kinds = np.append(kinds, np.uint8(Kind.CODE))
-    counted = kinds != Kind.PROMPT if loss_on == "all" else kinds == Kind.CODE
-    return TrainSequence(ids, {"cross_entropy": counted.astype(np.float32)}, kinds=kinds)
+    code = (kinds == Kind.CODE).astype(np.float32)
+    counted = (kinds != Kind.PROMPT).astype(np.float32) if loss_on == "all" else code
+    return TrainSequence(ids, {"cross_entropy": counted, "code_cross_entropy": code}, kinds=kinds)
 
 
 class PackedWindows:

@@ -5,28 +5,60 @@ token; supervised training, the E-step and RLVR differ in their components and i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
+import torch
 from torch import Tensor
 
+from ra3_megatron.algo.decision import Decision
+from ra3_megatron.algo.elbo import bernoulli_kl
 from ra3_megatron.algo.losses import PolicyLossConfig, cross_entropy, policy_loss, reference_kl
 from ra3_megatron.data.batch import TrainBatch
+from ra3_megatron.training.actions import ACTION, THINK_SET, TokenScores
 
-PerToken = Callable[[Tensor, TrainBatch], Tensor]
-"""`(log_probs [tokens] fp32, batch) -> [tokens] fp32`."""
+
+@dataclass(frozen=True)
+class Values:
+    """What a component computes per token, with figures on the side."""
+
+    loss: Tensor
+    """[tokens] fp32."""
+    monitors: dict[str, Tensor] = field(default_factory=dict)
+    """[tokens] per name in the component's `sums` and `maxima`; no gradient flows through them."""
+
+
+PerToken = Callable[[TokenScores, TrainBatch], Values]
+"""What a component computes from the scores of a micro-batch."""
 
 
 @dataclass(frozen=True)
 class LossComponent:
-    """One term of the loss: coefficient x sum(weight x per-token value) / global sum(weight)."""
+    """One term of the loss: coefficient x sum(weight x per-token value) / global sum(weight).
+
+    With coefficient 0 it is logged only: nothing of it is kept for the backward pass.
+    """
 
     name: str
-    """Key of the token weights in `TrainBatch.weights`; also the name in logs."""
+    """Name in results and logs; also the key of its token weights, unless `weights` says another."""
     per_token: PerToken
-    """Value of every token, from its log-probability and the batch."""
+    """Values of every token. Where the weight is 0 the scores are 0 and the values are ignored."""
     coefficient: float = 1.0
     """Factor in the total loss."""
+    reads: Literal["labels", "actions"] = "labels"
+    """Which scores it uses: `log_probs`, or all the others of `TokenScores`. What nobody reads is not computed."""
+    weights: str = ""
+    """Key of the token weights in `TrainBatch.weights`; empty = `name`."""
+    sums: tuple[str, ...] = ()
+    """Monitors that are summed over all tokens with weight."""
+    maxima: tuple[str, ...] = ()
+    """Monitors, of values >= 0, whose largest value over all tokens with weight is kept; 0 where none has."""
+
+    @property
+    def weight_key(self) -> str:
+        """Key of the token weights in `TrainBatch.weights`."""
+        return self.weights or self.name
 
 
 def _extra(batch: TrainBatch, name: str, component: str) -> Tensor:
@@ -38,34 +70,71 @@ def _extra(batch: TrainBatch, name: str, component: str) -> Tensor:
         ) from None
 
 
+def _cross_entropy(scores: TokenScores, _: TrainBatch) -> Values:
+    return Values(cross_entropy(scores.log_probs))
+
+
 def cross_entropy_component(coefficient: float = 1.0) -> LossComponent:
     """Next-token cross-entropy on the tokens weighted under `cross_entropy`, nats."""
-    return LossComponent("cross_entropy", lambda log_probs, _: cross_entropy(log_probs), coefficient)
+    return LossComponent("cross_entropy", _cross_entropy, coefficient)
 
 
-def _policy_per_token(config: PolicyLossConfig, log_probs: Tensor, batch: TrainBatch) -> Tensor:
-    return policy_loss(
+def code_cross_entropy_component() -> LossComponent:
+    """Next-token cross-entropy on code alone (weights `code_cross_entropy`), nats; logged only."""
+    return LossComponent("code_cross_entropy", _cross_entropy, 0.0)
+
+
+def _policy_gradient(config: PolicyLossConfig, reads: str, scores: TokenScores, batch: TrainBatch) -> Values:
+    log_probs = scores.action_log_probs if reads == "actions" else scores.log_probs
+    behaviour = _extra(batch, "behaviour_log_probs", "policy_gradient")
+    result = policy_loss(
         log_probs,
-        behaviour=_extra(batch, "behaviour_log_probs", "policy_gradient"),
+        behaviour=behaviour,
         advantages=_extra(batch, "advantages", "policy_gradient"),
         config=config,
         proximal=batch.extras.get("proximal_log_probs"),
-    ).loss
+    )
+    return Values(
+        result.loss,
+        {"clipped": result.clipped.float(), "rollout_gap": (log_probs.detach() - behaviour).abs()},
+    )
 
 
-def policy_gradient_component(config: PolicyLossConfig, coefficient: float = 1.0) -> LossComponent:
-    """Clipped policy gradient on the tokens weighted under `policy_gradient`.
+def policy_gradient_component(
+    config: PolicyLossConfig, coefficient: float = 1.0, reads: Literal["labels", "actions"] = "actions"
+) -> LossComponent:
+    """Policy gradient on the tokens weighted under `policy_gradient`, clipped or truncated.
 
-    Reads `behaviour_log_probs`, `advantages` and, when present, `proximal_log_probs` from the batch's extras, all
-    [tokens] and aligned with the labels.
+    Of RA3's `actions` (the engine needs an `ActionTable`), or of the `labels` themselves, which a plain language-model
+    policy draws at temperature 1. Reads `behaviour_log_probs`, `advantages` and, when present, `proximal_log_probs`
+    from the batch's extras, all [tokens] and aligned with the labels. Monitors: `clipped`, number of actions whose
+    ratio was clipped or weight truncated; `rollout_gap`, largest |current - behaviour| log-probability, nats.
     """
-    return LossComponent("policy_gradient", partial(_policy_per_token, config), coefficient)
+    per_token = partial(_policy_gradient, config, reads)
+    return LossComponent(ACTION, per_token, coefficient, reads, sums=("clipped",), maxima=("rollout_gap",))
 
 
-def _kl_per_token(estimator: str, log_probs: Tensor, batch: TrainBatch) -> Tensor:
-    return reference_kl(log_probs, _extra(batch, "reference_log_probs", "reference_kl"), estimator)
+def _decision_kl(stay: float, scores: TokenScores, batch: TrainBatch) -> Values:
+    decides = _extra(batch, THINK_SET, "decision_kl") != 0
+    zero = torch.zeros((), device=decides.device)
+    decision = Decision(torch.where(decides, scores.log_think, zero), torch.where(decides, scores.log_act, zero))
+    return Values(torch.where(decides, bernoulli_kl(decision, stay), zero))
+
+
+def decision_kl_component(stay: float, coefficient: float = 1.0) -> LossComponent:
+    """KL(Bern(q(act)) || Bern(stay)) of every decision, nats: the part of the bound's gradient that rewards lack.
+
+    Weighted under `policy_gradient`, and so divided by the number of actions: its gradient is then of the same scale as
+    that of the policy gradient, of which it is a part (see `algo/elbo.latent_cost`; Prop. 5.1 of the paper). The
+    reported value is per action. Tokens of thoughts that decide nothing add 0.
+    """
+    return LossComponent("decision_kl", partial(_decision_kl, stay), coefficient, "actions", weights=ACTION)
+
+
+def _reference_kl(estimator: str, scores: TokenScores, batch: TrainBatch) -> Values:
+    return Values(reference_kl(scores.log_probs, _extra(batch, "reference_log_probs", "reference_kl"), estimator))
 
 
 def reference_kl_component(coefficient: float, estimator: str = "k3") -> LossComponent:
     """KL to a reference model on the tokens weighted under `reference_kl`; reads `reference_log_probs`."""
-    return LossComponent("reference_kl", partial(_kl_per_token, estimator), coefficient)
+    return LossComponent("reference_kl", partial(_reference_kl, estimator), coefficient)

@@ -6,8 +6,8 @@ replicas and context-parallel shards, and neither loss nor gradient depends on h
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ra3_megatron.algo.logprobs import VocabShard, token_log_probs
@@ -26,9 +24,11 @@ from ra3_megatron.data.batch import TrainBatch, context_parallel_slice
 from ra3_megatron.model.factory import unwrap
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
+from ra3_megatron.training.actions import ActionRows, ActionTable, TokenScores, scattered, score_actions
 from ra3_megatron.training.components import LossComponent
 from ra3_megatron.training.nonfinite import NonFiniteStep, explain_nonfinite
 from ra3_megatron.training.optimizer import build_optimizer, build_scheduler
+from ra3_megatron.training.schedule import run_schedule
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class LossResult:
     """Weighted mean of every component over the global batch, nats; NaN-free when its weight is 0 (then 0)."""
     weights: dict[str, float]
     """Global token weight of every component; a number of tokens when weights are 0 or 1."""
+    monitors: dict[str, float]
+    """Sums and maxima over the global batch that components keep (`LossComponent.sums`, `.maxima`)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class TrainEngine:
     """Model, optimizer and schedule of one training stage.
 
     `chunks` are this rank's bare model chunks. With `optimizer` settings of `config` the parameters are wrapped in
-    Megatron's DistributedDataParallel and its distributed optimizer, whatever the number of replicas.
+    Megatron's DistributedDataParallel and its distributed optimizer, whatever the number of replicas. `actions` is
+    needed by components that read actions (ValueError without).
     """
 
     def __init__(
@@ -70,7 +73,15 @@ class TrainEngine:
         chunks: Sequence[torch.nn.Module],
         components: Sequence[LossComponent],
         total_steps: int,
+        actions: ActionTable | None = None,
     ) -> None:
+        readers = [c.name for c in components if c.reads == "actions"]
+        if readers and actions is None:
+            raise ValueError(f"loss components {readers} read actions; give the engine an ActionTable")
+        self.actions = actions
+        self._reads_actions = bool(readers)
+        self._sums = tuple(name for c in components for name in c.sums)
+        self._maxima = tuple(name for c in components for name in c.maxima)
         self.config = config
         self.architecture = architecture
         self.parallel = parallel
@@ -130,7 +141,7 @@ class TrainEngine:
                 raise NonFiniteStep(message)
             if self.parallel.is_main:
                 print(f"skipped: {message}", flush=True)
-        return StepResult(result.loss, result.components, result.weights, grad_norm, lr, skipped=not finite)
+        return StepResult(**vars(result), grad_norm=grad_norm, lr=lr, skipped=not finite)
 
     def _update(self, grad_norm: float) -> None:
         clip = self.config.optimizer.clip_grad
@@ -152,29 +163,30 @@ class TrainEngine:
 
     def _run(self, batches: Sequence[TrainBatch], forward_only: bool) -> tuple[LossResult, list[float]]:
         weights = self._global_weights(batches)
-        sizes, device = self.parallel.sizes, self.parallel.device
-        local = [
-            _to_device(context_parallel_slice(b, self.parallel.context_rank, sizes.context), device) for b in batches
-        ]
-        packed = [_packed(b, device) for b in batches]
-        prepared = list(zip(local, packed, strict=True))
-        schedule = get_forward_backward_func(pp_size=sizes.pipeline, vp_size=sizes.virtual_pipeline)
-        stored = schedule(
-            forward_step_func=partial(self._forward_step, weights),
-            data_iterator=[iter(prepared) for _ in self.chunks] if len(self.chunks) > 1 else iter(prepared),
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            # Packed windows are one long row, so the pipeline's messages are [tokens, 1, hidden].
-            seq_length=batches[0].input_ids.numel(),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
-        return self._collect(stored, weights), [float(s.sum()) for s in stored]
+        rank, size = self.parallel.context_rank, self.parallel.sizes.context
+        local = [context_parallel_slice(b, rank, size) for b in batches]
+        loss = partial(self._loss, weights, self._action_rows(local))
+        stored = run_schedule(self.parallel, self.chunks, local, loss, forward_only)
+        return self._collect(stored, weights), [self._local_loss(s) for s in stored]
+
+    def _action_rows(self, batches: Sequence[TrainBatch]) -> list[ActionRows] | None:
+        """Where the actions are, sought before the schedule starts: no forward pass waits for a count.
+
+        On every stage, so that all raise for a bad batch.
+        """
+        if not self._reads_actions:
+            return None
+        assert self.actions is not None
+        return [ActionRows.find(b, self.actions).to(self.parallel.device) for b in batches]
+
+    def _local_loss(self, stored: Tensor) -> float:
+        """Sum of a micro-batch's shares that count in the loss."""
+        return sum(x for x, c in zip(stored.tolist(), self.components, strict=False) if c.coefficient)
 
     def _global_weights(self, batches: Sequence[TrainBatch]) -> dict[str, float]:
         """Token weight of every component over all replicas, in float64."""
         sums = torch.tensor(
-            [sum(float(b.weights[c.name].sum(dtype=torch.float64)) for b in batches) for c in self.components],
+            [sum(float(b.weights[c.weight_key].sum(dtype=torch.float64)) for b in batches) for c in self.components],
             dtype=torch.float64,
             device=self.parallel.device,
         )
@@ -182,54 +194,85 @@ class TrainEngine:
             dist.all_reduce(sums, group=self.parallel.pg_collection.dp)
         return dict(zip((c.name for c in self.components), sums.tolist(), strict=True))
 
-    def _forward_step(self, weights: dict[str, float], iterator: Iterator[Any], model: torch.nn.Module):
-        batch, packed = next(iterator)
-        output = model(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.position_ids.unsqueeze(0),
-            attention_mask=None,
-            packed_seq_params=packed,
-        )
-        return output, partial(self._loss, weights, batch)
-
-    def _loss(self, weights: dict[str, float], batch: TrainBatch, output: Tensor):
-        """Scalar loss of a micro-batch, already normalised, and the components' detached shares."""
+    def _loss(
+        self,
+        weights: dict[str, float],
+        rows: list[ActionRows] | None,
+        number: int,
+        batch: TrainBatch,
+        output: Tensor,
+    ):
+        """Loss of a micro-batch, normalised; with it the components' detached shares, then sums, then maxima."""
         # squeeze, not [0]: the backward pass of an index allocates and clears a second [tokens, vocabulary].
-        log_probs = token_log_probs(output.squeeze(0), batch.labels, self.vocab, consume=True)
-        shares, total = [], log_probs.new_zeros(())
+        scores = self._scores(weights, rows[number] if rows else None, batch, output.squeeze(0))
+        zero = torch.zeros((), device=output.device)
+        shares, total, monitors = [], zero, dict.fromkeys((*self._sums, *self._maxima), zero)
         for component in self.components:
             if weights[component.name] == 0:
-                shares.append(log_probs.new_zeros(()))
+                shares.append(zero)
                 continue
-            w = batch.weights[component.name]
+            w = batch.weights[component.weight_key]
             # Where, not times, and on both sides: a NaN of a token that does not count must reach neither the sum nor,
             # as 0 x NaN in the backward pass, the gradient.
             counts = w != 0
-            values = torch.where(counts, component.per_token(torch.where(counts, log_probs, 0.0), batch) * w, 0.0)
-            share = values.sum() / weights[component.name]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and component.coefficient != 0):
+                values = component.per_token(scores.counted(counts), batch)
+                share = torch.where(counts, values.loss * w, 0.0).sum() / weights[component.name]
             shares.append(share.detach())
-            total = total + component.coefficient * share
-        if not total.requires_grad and log_probs.requires_grad:
-            total = total + 0.0 * log_probs.sum()
+            if component.coefficient:
+                total = total + component.coefficient * share
+            kept = {n: torch.where(counts, values.monitors[n].detach(), 0.0) for n in component.sums + component.maxima}
+            monitors |= {n: kept[n].sum() for n in component.sums} | {n: kept[n].amax() for n in component.maxima}
+        if not total.requires_grad and output.requires_grad:
+            total = total + 0.0 * output.sum()
         # Megatron divides by this count only in its own finalizer, which `_finalize` replaces.
         count = torch.ones((), dtype=torch.int, device=output.device)
-        return total, count, torch.stack(shares)
+        return total, count, torch.stack((*shares, *monitors.values()))
+
+    def _scores(
+        self, weights: dict[str, float], rows: ActionRows | None, batch: TrainBatch, logits: Tensor
+    ) -> TokenScores:
+        """What the components read, with a gradient where one needs it; NaN for what none reads."""
+        blank = torch.full(batch.labels.shape, torch.nan, device=logits.device)
+        scores = TokenScores(blank, blank, blank, blank)
+        # Actions first, since the labels' scores take the memory of the logits.
+        active = [c for c in self.components if weights[c.name] != 0]
+        for what in ("actions", "labels"):
+            readers = [c for c in active if c.reads == what]
+            if not readers:
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and any(c.coefficient for c in readers)):
+                if what == "labels":
+                    log_probs = token_log_probs(logits, batch.labels, self.vocab, consume=True)
+                    scores = replace(scores, log_probs=log_probs)
+                else:
+                    assert rows is not None
+                    assert self.actions is not None
+                    found = score_actions(logits, rows, batch.labels, self.actions, self.vocab)
+                    scores = replace(scores, **scattered(rows, found, blank))
+        return scores
 
     def _collect(self, stored: list[Tensor], weights: dict[str, float]) -> LossResult:
-        """Sum the last stage's shares over micro-batches, context shards and replicas; tell every stage."""
-        pg = self.parallel.pg_collection
-        device = self.parallel.device
+        """Join the last stage's numbers over micro-batches, context shards and replicas; tell every stage."""
+        names, device = [c.name for c in self.components], self.parallel.device
+        count = len(names) + len(self._sums)
         if self.parallel.is_last_stage:
-            shares = torch.stack(stored).sum(0, dtype=torch.float64)
+            numbers = torch.stack(stored).double()
+            found = torch.cat((numbers[:, :count].sum(0), numbers[:, count:].amax(0)))
         else:
-            shares = torch.zeros(len(self.components), dtype=torch.float64, device=device)
-        if self.parallel.sizes.data * self.parallel.sizes.context > 1:
-            dist.all_reduce(shares, group=pg.dp_cp)
-        if self.parallel.sizes.pipeline > 1:
-            dist.broadcast(shares, src=dist.get_process_group_ranks(pg.pp)[-1], group=pg.pp)
-        values = dict(zip((c.name for c in self.components), shares.tolist(), strict=True))
-        loss = sum(c.coefficient * values[c.name] for c in self.components)
-        return LossResult(loss=loss, components=values, weights=weights)
+            found = torch.zeros(count + len(self._maxima), dtype=torch.float64, device=device)
+        pg, sizes = self.parallel.pg_collection, self.parallel.sizes
+        if sizes.data * sizes.context > 1:
+            sums, maxima = found.split((count, len(self._maxima)))
+            dist.all_reduce(sums, group=pg.dp_cp)
+            if len(self._maxima):
+                dist.all_reduce(maxima, dist.ReduceOp.MAX, group=pg.dp_cp)
+        if sizes.pipeline > 1:
+            dist.broadcast(found, src=dist.get_process_group_ranks(pg.pp)[-1], group=pg.pp)
+        values = dict(zip((*names, *self._sums, *self._maxima), found.tolist(), strict=True))
+        components = {name: values.pop(name) for name in names}
+        loss = sum(c.coefficient * components[c.name] for c in self.components if c.coefficient)
+        return LossResult(loss=loss, components=components, weights=weights, monitors=values)
 
 
 def _wrap(config: RunConfig, chunk: torch.nn.Module) -> DistributedDataParallel:
@@ -247,19 +290,3 @@ def _finalize(
 ) -> None:
     """Megatron's own gradient synchronisation without its division: the loss was normalised before."""
     finalize_model_grads(model, None, pg_collection=pg_collection, **options)
-
-
-def _packed(batch: TrainBatch, device: torch.device) -> PackedSeqParams:
-    """Boundaries of the whole micro-batch; context-parallel attention derives its shard's from them."""
-    cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
-
-
-def _to_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    return batch if device.type == "cpu" else batch.to(device)

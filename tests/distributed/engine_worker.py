@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ra3_megatron.algo.decision import TokenSets
 from ra3_megatron.algo.losses import PolicyLossConfig
 from ra3_megatron.checkpoint.capture import synchronise_parameters
 from ra3_megatron.checkpoint.distributed import load_sharded, save_sharded
@@ -14,14 +15,19 @@ from ra3_megatron.config.run import config_from_dict
 from ra3_megatron.data.batch import TrainBatch
 from ra3_megatron.model.factory import build_model, unwrap
 from ra3_megatron.parallel.groups import initialize, seed_everything
+from ra3_megatron.training.actions import ActionTable
 from ra3_megatron.training.components import (
+    code_cross_entropy_component,
     cross_entropy_component,
+    decision_kl_component,
     policy_gradient_component,
     reference_kl_component,
 )
 from ra3_megatron.training.engine import TrainEngine
 
 SEQ, WINDOWS = 64, 8
+THINK_SETS = [[3], [2, 40, 60, 100], list(range(30, 70))]
+FORBIDDEN = [0, 5, 51, 52, 99]
 
 
 def architecture(tied: bool) -> Architecture:
@@ -46,13 +52,20 @@ def window(index: int) -> dict[str, Any]:
     ce = weight if index < 4 else torch.zeros(SEQ)
     pg = (torch.rand(SEQ, generator=g) < 0.3).float() * (torch.arange(SEQ) < used)
     noise = torch.randn(3, SEQ, generator=g)
+    labels = torch.randint(101, (SEQ,), generator=g)
+    # A third of the actions each: decisions to go on, deciding tokens, later tokens of thoughts.
+    kind = torch.randint(3, (SEQ,), generator=g)
+    think_set = torch.where(kind < 2, torch.randint(1, 1 + len(THINK_SETS), (SEQ,), generator=g), 0) * pg
+    labels[(kind == 2) & torch.isin(labels, torch.tensor(FORBIDDEN))] = 1
     return {
         "lengths": lengths,
         "ids": ids,
-        "labels": torch.randint(101, (SEQ,), generator=g),
-        "weights": {"cross_entropy": ce, "policy_gradient": pg, "reference_kl": pg},
+        "labels": labels,
+        "weights": {"cross_entropy": ce, "code_cross_entropy": weight, "policy_gradient": pg, "reference_kl": pg},
         "extras": {
-            "behaviour_log_probs": -4.6 + 0.2 * noise[0],
+            "think_set": think_set,
+            "thought": (kind > 0) * pg,
+            "behaviour_log_probs": torch.where(kind > 0, -4.6, -0.2) + 0.2 * noise[0],
             "advantages": noise[1],
             "reference_log_probs": -4.6 + 0.3 * noise[2],
         },
@@ -104,9 +117,12 @@ def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
         components = [
             cross_entropy_component(),
             policy_gradient_component(PolicyLossConfig(), 0.7),
+            decision_kl_component(0.8, 0.4),
             reference_kl_component(0.3),
+            code_cross_entropy_component(),
         ]
-        engine = TrainEngine(config, arch, parallel, chunks, components, total_steps=3)
+        actions = ActionTable(TokenSets.make(THINK_SETS), torch.tensor(FORBIDDEN), temperature=0.8)
+        engine = TrainEngine(config, arch, parallel, chunks, components, 3, actions)
         share = WINDOWS // parallel.sizes.data
         mine = list(range(parallel.data_rank * share, (parallel.data_rank + 1) * share))
         batches = [micro_batch(mine[i : i + micro]) for i in range(0, len(mine), micro)]
@@ -122,6 +138,7 @@ def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
             "loss": result.loss,
             "components": result.components,
             "weights": result.weights,
+            "monitors": result.monitors,
             "grad_norm": result.grad_norm,
             "second": second.loss,
         }

@@ -64,6 +64,8 @@ def test_loss_and_components_agree_on_every_rank(runs):
     _, _, results = runs
     (one,) = results["one"]
     assert one["weights"]["cross_entropy"] > 0
+    assert 0 < one["monitors"]["clipped"] < one["weights"]["policy_gradient"]
+    assert one["monitors"]["rollout_gap"] > 0.1
     for name, ranks in results.items():
         for rank in ranks:
             assert rank["weights"] == one["weights"], name
@@ -71,6 +73,7 @@ def test_loss_and_components_agree_on_every_rank(runs):
                 assert rank[what] == pytest.approx(one[what], rel=TOLERANCE), (name, what)
             for component, value in one["components"].items():
                 assert rank["components"][component] == pytest.approx(value, rel=TOLERANCE), (name, component)
+            assert rank["monitors"] == pytest.approx(one["monitors"], rel=TOLERANCE), name
 
 
 def test_every_gradient_agrees(runs):

@@ -80,7 +80,7 @@ def test_policy_gradient_ignores_what_thoughts_do_not_have(parallel):
     """Code tokens have no behaviour log-probability: whatever stands there must not matter."""
     norms = []
     for filler in (0.0, torch.nan, torch.inf):
-        e = tiny.engine(tiny.config(), parallel, [policy_gradient_component(PolicyLossConfig())])
+        e = tiny.engine(tiny.config(), parallel, [policy_gradient_component(PolicyLossConfig(), reads="labels")])
         behaviour, advantages = torch.full((tiny.SEQ,), -4.6), torch.ones(tiny.SEQ)
         behaviour[NO_WEIGHT], advantages[NO_WEIGHT] = filler, filler
         extras = {"behaviour_log_probs": behaviour, "advantages": advantages}
@@ -91,7 +91,7 @@ def test_policy_gradient_ignores_what_thoughts_do_not_have(parallel):
 
 def test_missing_extra_is_named(parallel):
     """A KeyError alone does not say which component wanted what."""
-    e = tiny.engine(tiny.config(), parallel, [policy_gradient_component(PolicyLossConfig())])
+    e = tiny.engine(tiny.config(), parallel, [policy_gradient_component(PolicyLossConfig(), reads="labels")])
     with pytest.raises(KeyError, match=r"policy_gradient.*needs batch.extras\['advantages'\].*behaviour_log_probs"):
         e.train_step([tiny.batch(1, "policy_gradient", behaviour_log_probs=torch.zeros(tiny.SEQ))], step=1)
 

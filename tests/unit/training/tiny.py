@@ -11,7 +11,8 @@ from ra3_megatron.config.run import RunConfig, config_from_dict
 from ra3_megatron.data.batch import TrainBatch
 from ra3_megatron.model.factory import build_model
 from ra3_megatron.parallel.groups import Parallel, seed_everything
-from ra3_megatron.training.components import LossComponent
+from ra3_megatron.training.actions import ActionTable
+from ra3_megatron.training.components import LossComponent, Values
 from ra3_megatron.training.engine import TrainEngine
 
 SEQ, VOCAB = 16, 101
@@ -34,11 +35,15 @@ def config(**sections: Any) -> RunConfig:
 
 
 def engine(
-    settings: RunConfig, parallel: Parallel, components: Sequence[LossComponent], tied: bool = True
+    settings: RunConfig,
+    parallel: Parallel,
+    components: Sequence[LossComponent],
+    tied: bool = True,
+    actions: ActionTable | None = None,
 ) -> TrainEngine:
     seed_everything(3, parallel)
     chunks = build_model(architecture(tied), settings.model, parallel)
-    return TrainEngine(settings, architecture(tied), parallel, chunks, components, total_steps=10)
+    return TrainEngine(settings, architecture(tied), parallel, chunks, components, 10, actions)
 
 
 def batch(seed: int, component: str = "cross_entropy", **extras: Tensor) -> TrainBatch:
@@ -58,7 +63,8 @@ def batch(seed: int, component: str = "cross_entropy", **extras: Tensor) -> Trai
 
 
 def component(value: Callable[[Tensor, TrainBatch], Tensor]) -> LossComponent:
-    return LossComponent("cross_entropy", value)
+    """A component whose value is made of the labels' log-probabilities and the batch."""
+    return LossComponent("cross_entropy", lambda scores, b: Values(value(scores.log_probs, b)))
 
 
 def scaled() -> LossComponent:

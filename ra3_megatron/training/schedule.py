@@ -1,0 +1,68 @@
+"""Micro-batches through Megatron's pipeline schedule, for training and for scoring alike."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from ra3_megatron.data.batch import TrainBatch
+from ra3_megatron.parallel.groups import Parallel
+
+MicroBatchLoss = Callable[[int, TrainBatch, Tensor], tuple[Tensor, Tensor, Any]]
+"""`(number of the micro-batch, batch on the device, logits [1, tokens, columns]) -> (loss, count, what to keep)`."""
+
+
+def run_schedule(
+    parallel: Parallel,
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[TrainBatch],
+    loss: MicroBatchLoss,
+    forward_only: bool,
+) -> list[Any]:
+    """Run this replica's micro-batches; returns what `loss` kept of each, empty before the last pipeline stage.
+
+    `batches` are this rank's context-parallel shards, all of one length, on any device; the same on all its tensor-
+    and pipeline-parallel ranks. The chunks' configuration must have `variable_seq_lengths` off.
+    """
+    device, sizes = parallel.device, parallel.sizes
+    prepared = [
+        (number, b if device.type == "cpu" else b.to(device), _packed(b, device)) for number, b in enumerate(batches)
+    ]
+    schedule = get_forward_backward_func(pp_size=sizes.pipeline, vp_size=sizes.virtual_pipeline)
+    return schedule(
+        forward_step_func=partial(_forward_step, loss),
+        data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        # Packed windows are one long row, so the pipeline's messages are [tokens, 1, hidden].
+        seq_length=batches[0].input_ids.numel() * sizes.context,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(loss: MicroBatchLoss, iterator: Iterator[Any], model: torch.nn.Module):
+    number, batch, packed = next(iterator)
+    output = model(
+        input_ids=batch.input_ids.unsqueeze(0),
+        position_ids=batch.position_ids.unsqueeze(0),
+        attention_mask=None,
+        packed_seq_params=packed,
+    )
+    return output, partial(loss, number, batch)
+
+
+def _packed(batch: TrainBatch, device: torch.device) -> PackedSeqParams:
+    """Boundaries of the whole micro-batch; context-parallel attention derives its shard's from them."""
+    cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )

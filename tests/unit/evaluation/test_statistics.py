@@ -59,7 +59,7 @@ def test_sign_flips_by_hand():
     assert sign_flip_p_value(np.array([1.0, 2.0, 4.0])) == 2 / 8
     assert sign_flip_p_value(np.array([1.0, 2.0, -4.0])) == 1.0
     assert sign_flip_p_value(np.array([1.0, 2.0, 4.0, 0.0])) == 2 / 8, "a row that does not differ says nothing"
-    assert sign_flip_p_value(np.array([1.0, -2.0, 4.0])) == 6 / 8 - 2 / 8, "all sums but +-1, twice, reach 3"
+    assert sign_flip_p_value(np.array([1.0, -2.0, 4.0])) == 6 / 8, "all sums but +-1, twice, reach 3"
     assert sign_flip_p_value(np.zeros(3)) == 1.0
     assert math.isnan(sign_flip_p_value(np.zeros(0)))
 
@@ -105,24 +105,29 @@ def test_over_seeds_by_hand():
 
 
 def test_coverage_and_size(monkeypatch):
-    """Of 95 % intervals for skewed, dependent sums and weights about 95 % must hold the truth; 5 % of true nulls fail.
+    """95 % intervals for skewed sums that depend on skewed weights, and a test at 5 %, by simulation.
 
-    Percentiles of the same bootstrap hold it in 88 % of these.
+    Over 400 trials the standard error of a share is 1 to 1.5 %. Percentiles of the same bootstrap hold the truth less
+    often, which is why they are not used.
     """
     monkeypatch.setattr(statistics, "RESAMPLES", 499)
     rng = np.random.default_rng(11)
 
     def draw(n):
-        # E[weight] = e^0.125, E[sum] = E[weight * (1 + weight)] = e^0.125 + e^0.5
+        # E[weight] = e^(1/8), E[sum] = E[weight * (1 + weight)] = e^(1/8) + e^(1/2)
         weights = np.exp(rng.normal(0.0, 0.5, n))
         return weights * (1 + weights) * rng.gamma(4.0, 0.25, n), weights
 
     truth = 1 + math.exp(0.5 - 0.125)
-    trials, held, rejected = 400, 0, 0
+    trials, held, by_percentiles, rejected = 400, 0, 0, 0
     for trial in range(trials):
-        sums, weights = draw(20)
+        sums, weights = draw(40)
         found = ratio_interval(sums, weights, seed=trial)
         held += found.low <= truth <= found.high
-        rejected += sign_flip_p_value(sums - draw(20)[0], trial) <= 0.05
-    assert 0.91 <= held / trials <= 0.985
+        rows = rng.integers(40, size=(499, 40))
+        low, high = np.quantile(sums[rows].sum(1) / weights[rows].sum(1), [0.025, 0.975])
+        by_percentiles += low <= truth <= high
+        rejected += sign_flip_p_value(sums - draw(40)[0], trial) <= 0.05
+    assert 0.89 <= held / trials <= 0.98
+    assert held > by_percentiles + 8
     assert 0.02 <= rejected / trials <= 0.085

@@ -7,7 +7,7 @@ the one that closes it. Everything is after the temperature that the tokens were
 q is a proper distribution over z_t when the sampler keeps three rules, and the scores here follow them:
 the first token is drawn from the whole vocabulary; later tokens are drawn among the allowed ones (`mask_columns` before
 drawing and before scoring); tokens that are forced (the completion of an opener, the end of a thought that reached its
-maximum length) have log-probability zero and are left out of the sum.
+maximum length, a closing tag) have log-probability zero and are left out of the sum.
 
 A think set may hold an opener: a token that is only the first part of the opening. Two readings are offered. With the
 opener in the set and the rest of the opening forced, one forward pass decides (`ThinkSet.forced_after` of the data

@@ -31,7 +31,8 @@ class LatentConfig:
     """How a thought is written into the text, and how it is sampled."""
 
     format: Literal["comment", "tag"] = "comment"
-    """`comment`: a line `# ...` before the code line. `tag`: `<think>...</think>`, for text that is not Python."""
+    """`comment`: a line `# ...` before the code line. `tag`: `<think>...</think>`, for text that is not Python, decided
+    at every line that is not blank; needs data.comments=keep_as_action and data.filters.syntax=false."""
     posterior: Literal["prefix", "hindsight"] = "prefix"
     """What q sees: the text so far, or the whole expert text in front of it as well."""
     max_latent_tokens: int = 32

@@ -10,6 +10,7 @@ import numpy as np
 from ra3_megatron.config.data import DataConfig
 from ra3_megatron.data.corpus import Document
 from ra3_megatron.data.decontaminate import NgramIndex
+from ra3_megatron.data.latent import CommentFormat, LatentFormat
 from ra3_megatron.data.lines import PARSE_ERRORS, LineError, normalise, parse, same_tree, strip_comments
 
 PERMUTATIONS = 128
@@ -21,6 +22,7 @@ REASONS = {
     "license": "licence not allowed",
     "undecodable": "bytes that are no text in the declared encoding",
     "syntax": "does not parse with this Python version",
+    "thoughts": "has lines that begin like a thought",
     "lines": "logical lines cannot be found",
     "comments": "removing comments would change the program",
     "empty": "nothing is left",
@@ -100,8 +102,14 @@ def signature(text: str) -> np.ndarray:
     return sketch.hashvalues
 
 
-def clean(document: Document, config: DataConfig, contamination: NgramIndex | None) -> CleanDocument | str:
-    """The document ready for tokenising, or the reason (a key of REASONS) why it is dropped."""
+def clean(
+    document: Document, config: DataConfig, contamination: NgramIndex | None, latent: LatentFormat | None = None
+) -> CleanDocument | str:
+    """The document ready for tokenising, or the reason (a key of REASONS) why it is dropped.
+
+    `latent`, by default comments, says whether it is Python and how thoughts will be written.
+    """
+    latent = latent or CommentFormat()
     allowed = config.corpus.allowed_licenses
     if allowed and not (document.licenses and set(document.licenses) <= {a.lower() for a in allowed}):
         return "license"
@@ -110,9 +118,11 @@ def clean(document: Document, config: DataConfig, contamination: NgramIndex | No
         prompt = normalise(document.prompt) if document.prompt else ""
     except LineError:
         return "undecodable"
+    if latent.mistakable(prompt + text):
+        return "thoughts"
     tree = None
     try:
-        tree = parse(prompt + text)
+        tree = parse(prompt + text) if latent.python else None
     except PARSE_ERRORS:
         if config.filters.syntax:
             return "syntax"

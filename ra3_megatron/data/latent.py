@@ -1,7 +1,7 @@
 """How a latent thought is written into the text, and which tokens decide for one.
 
-`LatentFormat` is the small interface; `CommentFormat` writes a thought as a one-line comment (RA3's form for Python).
-`ThinkTokens` turns a format and a tokenizer into sets of token ids.
+`LatentFormat` is the small interface; `CommentFormat` writes a thought as a one-line comment (RA3's form for Python),
+`TagFormat` between tags, for text that is no Python. `ThinkTokens` turns a format and a tokenizer into sets of ids.
 """
 
 import re
@@ -13,14 +13,27 @@ from typing import Protocol
 
 import numpy as np
 
-from ra3_megatron.data.lines import same_program
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.data.lines import LogicalLine, logical_lines, plain_lines, same_program
 from ra3_megatron.data.tokenizers import Tokenizer
 
 
 class LatentFormat(Protocol):
-    """A way to write thoughts between the lines of an expert's text."""
+    """A way to write thoughts between the lines of an expert's text.
+
+    A thought is an opening, a content that ends with its line, and a tail that follows by force. `python`: texts are
+    Python, so that syntax and comments can be checked.
+    """
 
     name: str
+    python: bool
+    tail: str
+
+    def lines(self, text: str) -> list[LogicalLine]:
+        """Lines of a normalised text: the actions. Raises LineError when they cannot be found."""
+
+    def mistakable(self, text: str) -> bool:
+        """Whether an expert's text holds what could not be told from thoughts put in later."""
 
     def opening(self, indent: str) -> str:
         """Text with which a thought before a line of that indentation begins, and with which no line begins."""
@@ -45,8 +58,18 @@ class CommentFormat:
     """A thought is one comment line with the indentation of the line after it; the text stays the same program."""
 
     name = "comment"
+    python = True
+    tail = ""
     _inside = re.compile(rb"[^\r\n\0]*\n*")
     _closing = re.compile(rb"[^\r\n\0]*\n+")
+
+    def lines(self, text: str) -> list[LogicalLine]:
+        """See LatentFormat: logical lines, never starting inside brackets or strings."""
+        return logical_lines(text)
+
+    def mistakable(self, text: str) -> bool:
+        """See LatentFormat: never, since `same_meaning` looks at the program alone."""
+        return False
 
     def opening(self, indent: str) -> str:
         """See LatentFormat."""
@@ -71,6 +94,67 @@ class CommentFormat:
     def same_meaning(self, expert: str, infused: str) -> bool:
         """See LatentFormat: both parse to the same syntax tree."""
         return same_program(expert, infused)
+
+
+class TagFormat:
+    """A thought is a line that begins with `<think>`, and the line `</think>` after it; for any text, line by line.
+
+    The end of the first line ends what is sampled, and the closing tag follows by force, with probability 1: a tag of
+    several tokens needs no rules about which of its parts may follow which, and q stays a proper distribution over
+    thoughts. No sampled token may hold the closing tag, so a model that writes it as one token learns the line's end
+    instead.
+    """
+
+    name = "tag"
+    python = False
+    tail = "</think>\n"
+    _opening, _closing_tag = "<think>", b"</think>"
+    _inside = re.compile(rb"[^\r\n\0]*\n*")
+    _closing = re.compile(rb"[^\r\n\0]*\n+")
+    _block = re.compile(r"^<think>[^\n]*\n+</think>\n", re.MULTILINE)
+    _begins = re.compile(r"^<think>", re.MULTILINE)
+
+    def lines(self, text: str) -> list[LogicalLine]:
+        """See LatentFormat: lines that are not blank."""
+        return plain_lines(text)
+
+    def mistakable(self, text: str) -> bool:
+        """See LatentFormat: a line that begins with the opening tag."""
+        return self._begins.search(text) is not None
+
+    def opening(self, indent: str) -> str:
+        """See LatentFormat; tags are not indented."""
+        return self._opening
+
+    def render(self, thought: str, indent: str) -> str:
+        """See LatentFormat. Line breaks in `thought` become spaces."""
+        return f"{self._opening}{' '.join(thought.split())}\n{self.tail}"
+
+    def content(self, text: str) -> str:
+        """See LatentFormat."""
+        return text.strip().removeprefix(self._opening).removesuffix(self.tail.strip()).strip()
+
+    def token_fits(self, rest: bytes) -> bool:
+        """See LatentFormat: after a line end only line ends, and no closing tag."""
+        return self._inside.fullmatch(rest) is not None and self._closing_tag not in rest
+
+    def token_closes(self, content: bytes) -> bool:
+        """See LatentFormat."""
+        return self._closing.fullmatch(content) is not None and self._closing_tag not in content
+
+    def same_meaning(self, expert: str, infused: str) -> bool:
+        """See LatentFormat: without the thoughts it is the expert's text."""
+        return self._block.sub("", infused) == expert
+
+
+_FORMATS: dict[str, type[CommentFormat] | type[TagFormat]] = {f.name: f for f in (CommentFormat, TagFormat)}
+
+
+def latent_format(name: str) -> LatentFormat:
+    """The format of that name (`latent.format`). Raises UserError for an unknown name."""
+    if name not in _FORMATS:
+        raise UserError(f"latent.format = {name!r}; known formats: {', '.join(_FORMATS)}; set one of them")
+    return _FORMATS[name]()
 
 
 @dataclass(frozen=True)
@@ -112,11 +196,32 @@ class ThinkTokens:
         return len(self._sets)
 
     def opening_ids(self, indent: str) -> tuple[int, ...]:
-        """The tokenised opening of a thought at that indentation."""
+        """The tokenised opening at that indentation. Raises UserError when the tokenizer cannot write it."""
         found = self._openings.get(indent)
         if found is None:
-            found = self._openings[indent] = tuple(self.tokenizer.encode(self.format.opening(indent)))
+            found = self._openings[indent] = self._faithful(self.format.opening(indent))
         return found
+
+    @cached_property
+    def tail_ids(self) -> tuple[int, ...]:
+        """Ids that follow by force after the token that ended a thought's content."""
+        return self._faithful(self.format.tail)
+
+    @cached_property
+    def ending_ids(self) -> tuple[int, ...]:
+        """Ids that end a thought by force where its content became too long."""
+        return self._faithful("\n") + self.tail_ids
+
+    def _faithful(self, text: str) -> tuple[int, ...]:
+        """Ids of a part of the format."""
+        ids = tuple(self.tokenizer.encode(text))
+        found = self.tokenizer.decode_bytes(ids)
+        if found != text.encode():
+            raise UserError(
+                f"latent.format = {self.format.name} writes {text!r}, which the tokenizer gives back as {found!r}; "
+                "use a tokenizer with bytes as a fallback, or another format"
+            )
+        return ids
 
     def decide(self, indent: str, text: str, line_ids: Sequence[int]) -> tuple[int, int] | None:
         """(number of forced tokens, number of the think set) of the line `text`, tokenised as `line_ids`.

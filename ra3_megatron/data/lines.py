@@ -1,10 +1,11 @@
-"""Logical lines of Python source: the actions of RA3, and the only places where a comment may be put."""
+"""Lines, the actions of RA3: logical lines of Python source, where a comment may be put, and lines of other text."""
 
 import ast
 import io
 import tokenize
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 CONTINUES_STATEMENT = frozenset({"else", "elif", "except", "finally", "case"})
 """First words of lines that belong to the compound statement before them; a piece of a program cannot start there."""
@@ -135,6 +136,19 @@ def strip_comments(text: str) -> str:
     pieces.append(text[position:])
     stripped = "".join(pieces).lstrip("\n")
     return stripped if stripped.endswith("\n") else stripped + "\n" if stripped else ""
+
+
+def plain_lines(text: str) -> list[LogicalLine]:
+    """Lines of any normalised `text` that are not blank; blank ones belong to the line before, at the top to the first.
+
+    Their spans cover the text; all have depth 0, no indent and no keyword. Returns [] for text without any line.
+    """
+    starts = _row_starts(text)
+    begins = [s for s, e in pairwise(starts) if text[s:e].strip()]
+    if begins:
+        begins[0] = 0
+    ends = [*begins[1:], len(text)]
+    return [LogicalLine(start, end, "", 0, "") for start, end in zip(begins, ends, strict=False)]
 
 
 def _first_row(text: str, starts: list[int], row: int, after: int) -> int:

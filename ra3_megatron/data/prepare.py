@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +25,8 @@ from ra3_megatron.config.files import atomic_dir, atomic_write_text, is_done, wr
 from ra3_megatron.data.corpus import Document, read_corpus, source_key
 from ra3_megatron.data.decontaminate import NgramIndex
 from ra3_megatron.data.filters import REASONS, CorpusReport, DuplicateFilter, clean
-from ra3_megatron.data.latent import ThinkTokens
-from ra3_megatron.data.lines import PARSE_ERRORS, LineError, logical_lines, normalise, parse, strip_comments
+from ra3_megatron.data.latent import ThinkTokens, latent_format
+from ra3_megatron.data.lines import PARSE_ERRORS, LineError, normalise, parse, strip_comments
 from ra3_megatron.data.store import Columns, TrajectoryStore, TrajectoryWriter, to_columns
 from ra3_megatron.data.tokenizers import Tokenizer, load_folder, load_tokenizer
 from ra3_megatron.data.trajectory import RoundTripError, TrajectoryBuilder
@@ -71,10 +72,12 @@ class _Result:
 class _Worker:
     """Document → result; one per process."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, contamination: NgramIndex | None, limit: int):
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, contamination: NgramIndex | None, limit: int, latent: str
+    ):
         self.config, self.contamination, self.limit = config, contamination, limit
         self.tokenizer = tokenizer
-        self.think_tokens = ThinkTokens(tokenizer)
+        self.think_tokens = ThinkTokens(tokenizer, latent_format(latent))
         start_id = tokenizer.start_id(config.tokenizer.start_token)
         self.builder = TrajectoryBuilder(tokenizer, self.think_tokens, start_id)
 
@@ -84,12 +87,12 @@ class _Worker:
 
     def document(self, document: Document) -> _Result:
         """See the class."""
-        cleaned = clean(document, self.config, self.contamination)
+        cleaned = clean(document, self.config, self.contamination, self.think_tokens.format)
         name = document.name
         if isinstance(cleaned, str):
             return _Result(name, cleaned)
         try:
-            lines = logical_lines(cleaned.code)
+            lines = self.think_tokens.format.lines(cleaned.code)
             whole = self.builder.build(cleaned.code, cleaned.prompt, name, lines)
         except LineError:
             return _Result(name, "lines")
@@ -122,12 +125,12 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start_worker(config: DataConfig, tokenizer: Tokenizer, contamination: NgramIndex | None, limit: int) -> None:
-    """Initialise a spawned process."""
+def _start_worker(*arguments: Any) -> None:
+    """Initialise a spawned process; the arguments of `_Worker`."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.simplefilter("ignore", SyntaxWarning)
-    _worker = _Worker(config, tokenizer, contamination, limit)
+    _worker = _Worker(*arguments)
 
 
 def _work(documents: list[Document]) -> list[_Result]:
@@ -150,15 +153,15 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _results(
-    config: DataConfig, tokenizer: Tokenizer, contamination: NgramIndex | None, limit: int
+    config: DataConfig, tokenizer: Tokenizer, contamination: NgramIndex | None, limit: int, latent: str
 ) -> Iterator[list[_Result]]:
     """Results of all chunks in the order of the corpus, with a bounded number under way."""
     workers = config.workers or len(os.sched_getaffinity(0))
     chunks = _chunks(read_corpus(config.corpus))
     if workers == 1:
-        yield from map(_Worker(config, tokenizer, contamination, limit).chunk, chunks)
+        yield from map(_Worker(config, tokenizer, contamination, limit, latent).chunk, chunks)
         return
-    arguments = (config, tokenizer, contamination, limit)
+    arguments = (config, tokenizer, contamination, limit, latent)
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, arguments) as pool:
         waiting: deque[Future] = deque()
         try:
@@ -231,16 +234,17 @@ def _write(
     return report
 
 
-def corpus_key(config: DataConfig, tokenizer: Tokenizer, seq_length: int) -> str:
-    """SHA-256 that names settings, source (paths, sizes, times), benchmarks and tokenizer: equal key, equal corpus."""
+def corpus_key(config: DataConfig, tokenizer: Tokenizer, seq_length: int, latent: str = "comment") -> str:
+    """SHA-256 that names settings, source (paths, sizes, times), benchmarks, tokenizer and format of thoughts: equal
+    key, equal corpus."""
     settings = asdict(replace(config, workers=1))
     benchmarks = [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in config.decontamination.benchmarks]
-    body = [_VERSION, settings, source_key(config.corpus), benchmarks, tokenizer.fingerprint, seq_length]
+    body = [_VERSION, settings, source_key(config.corpus), benchmarks, tokenizer.fingerprint, seq_length, latent]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _open(folder: Path, tokenizer: Tokenizer, start_id: int | None, reused: bool) -> PreparedCorpus:
-    think_tokens = ThinkTokens(tokenizer)
+def _open(folder: Path, tokenizer: Tokenizer, start_id: int | None, latent: str, reused: bool) -> PreparedCorpus:
+    think_tokens = ThinkTokens(tokenizer, latent_format(latent))
     train = TrajectoryStore(folder / "train", think_tokens)
     validation = TrajectoryStore(folder / "validation", think_tokens)
     report = CorpusReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
@@ -256,7 +260,19 @@ def open_prepared(folder: Path | str) -> PreparedCorpus:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     tokenizer = load_folder(folder / "tokenizer")
     start_id = tokenizer.start_id(manifest["config"]["tokenizer"]["start_token"])
-    return _open(folder, tokenizer, start_id, reused=True)
+    return _open(folder, tokenizer, start_id, manifest["latent"], reused=True)
+
+
+def _check_format(config: DataConfig, latent: str) -> None:
+    """Raise UserError for settings that mean something for Python only."""
+    if latent_format(latent).python:
+        return
+    if config.comments == "strip" or config.filters.syntax:
+        raise UserError(
+            f"latent.format is {latent}, data.comments is {config.comments} and data.filters.syntax is "
+            f"{str(config.filters.syntax).lower()}; comments and syntax errors are found in Python only; set "
+            "data.comments=keep_as_action and data.filters.syntax=false, or latent.format=comment for Python"
+        )
 
 
 def prepare(
@@ -265,31 +281,41 @@ def prepare(
     seq_length: int,
     out_dir: Path | str,
     progress: Callable[[CorpusReport], None] | None = None,
+    latent: str = "comment",
 ) -> PreparedCorpus:
     """Make (or find again) the corpus for sequences of `seq_length` tokens in `out_dir`.
 
     A finished corpus with the same key is opened as it is; any other content of `out_dir` is replaced. `progress` is
-    called with the running counts. Raises UserError for a source that is missing, unreadable, empty or all filtered
-    out, and for documents that are too long when `long_snippets` is `error`.
+    called with the running counts; `latent` is `latent.format`. Raises UserError for settings that do not fit it, for
+    a source that is missing, unreadable, empty or all filtered out, and for documents that are too long when
+    `long_snippets` is `error`.
     """
     out_dir = Path(out_dir)
+    _check_format(config, latent)
     start_id = tokenizer.start_id(config.tokenizer.start_token)
     limit = seq_length - (tokenizer.eos_id is not None)
     contamination = None
     if config.decontamination.enabled and config.decontamination.benchmarks:
         contamination = NgramIndex.from_files(config.decontamination.benchmarks, config.decontamination.ngram)
-    key = corpus_key(config, tokenizer, seq_length)
+    key = corpus_key(config, tokenizer, seq_length, latent)
     if is_done(out_dir) and json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))["key"] == key:
-        return _open(out_dir, tokenizer, start_id, reused=True)
+        return _open(out_dir, tokenizer, start_id, latent, reused=True)
     with atomic_dir(out_dir) as folder:
-        results = _results(config, tokenizer, contamination, limit)
-        report = _write(config, results, ThinkTokens(tokenizer), folder, limit, progress)
+        results = _results(config, tokenizer, contamination, limit, latent)
+        think_tokens = ThinkTokens(tokenizer, latent_format(latent))
+        report = _write(config, results, think_tokens, folder, limit, progress)
         tokenizer.save(folder / "tokenizer")
         atomic_write_text(folder / "report.json", json.dumps(report.to_json(), indent=1))
-        manifest = {"key": key, "seq_length": seq_length, "tokenizer": tokenizer.fingerprint, "config": asdict(config)}
+        manifest = {
+            "key": key,
+            "seq_length": seq_length,
+            "latent": latent,
+            "tokenizer": tokenizer.fingerprint,
+            "config": asdict(config),
+        }
         atomic_write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
         write_done(folder)
-    return _open(out_dir, tokenizer, start_id, reused=False)
+    return _open(out_dir, tokenizer, start_id, latent, reused=False)
 
 
 def _training_texts(config: DataConfig) -> Iterator[str]:

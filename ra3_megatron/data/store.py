@@ -159,7 +159,7 @@ class TrajectoryStore:
     """A corpus of trajectories, read by number.
 
     `lengths` tokens per trajectory int64 `[count]`; `ends_document` bool `[count]`; `fingerprint` names the content.
-    Raises UserError for a folder that is no finished store or was written for another tokenizer.
+    Raises UserError for a folder that is no finished store or was written for another tokenizer or format.
     """
 
     def __init__(self, folder: Path | str, think_tokens: ThinkTokens):
@@ -176,6 +176,11 @@ class TrajectoryStore:
             raise UserError(
                 f"{self.folder} was made with tokenizer {self._header['tokenizer'][:12]}; the one given is "
                 f"{think_tokens.tokenizer.fingerprint[:12]}; use the same tokenizer or prepare the corpus again"
+            )
+        if self._header["latent"] != think_tokens.format.name:
+            raise UserError(
+                f"{self.folder} was made for latent.format = {self._header['latent']}; {think_tokens.format.name} is "
+                "asked for; set the same format or prepare the corpus again"
             )
         self.fingerprint: str = self._header["fingerprint"]
         self.think_tokens = think_tokens

@@ -11,7 +11,7 @@ import numpy as np
 
 from ra3_megatron.data.blocks import cut_depths, split_ranges, surroundings
 from ra3_megatron.data.latent import LatentFormat, ThinkTokens
-from ra3_megatron.data.lines import LogicalLine, logical_lines
+from ra3_megatron.data.lines import LogicalLine
 from ra3_megatron.data.tokenizers import Tokenizer
 
 
@@ -123,11 +123,11 @@ class TrajectoryBuilder:
     def build(
         self, code: str, prompt: str = "", name: str = "", lines: Sequence[LogicalLine] | None = None
     ) -> Trajectory:
-        """The trajectory of a whole document; `code` and `prompt` normalised Python text, `lines` those of `code`.
+        """The trajectory of a whole document; `code` and `prompt` normalised text, `lines` those of `code`.
 
         Raises LineError when the lines of `code` cannot be found, RoundTripError when the tokenizer changes the text.
         """
-        lines = logical_lines(code) if lines is None else lines
+        lines = self.think_tokens.format.lines(code) if lines is None else lines
         texts = [code[line.start : line.end] for line in lines]
         unique = dict.fromkeys([*texts, prompt])  # a tenth to a third of all lines occur before
         encoded = dict(zip(unique, self.tokenizer.encode_batch(list(unique)), strict=True))
@@ -159,7 +159,7 @@ class TrajectoryBuilder:
         if len(trajectory.ids) <= limit:
             return [trajectory], 0
         pieces, lost = split_trajectory(trajectory, limit, self.start_id)
-        lines = logical_lines(code) if lines is None else lines
+        lines = self.think_tokens.format.lines(code) if lines is None else lines
         wrapped = []
         for piece, (start, end) in pieces:
             prefix, suffix = surroundings(code, lines, start, end)

@@ -109,14 +109,15 @@ class Rollout:
 class ThoughtRules:
     """Sets of ids of one engine and format: what decides for a thought, what may stand in it, what ends it.
 
-    `closing`: ids that end a thought; `ending`: ids put by force where it became too long.
+    `closing`: ids that end a thought's content; `tail`: ids that follow them by force; `ending`: ids put by force where
+    the content became too long, the tail included.
     """
 
     def __init__(self, engine: RolloutEngine, think_tokens: ThinkTokens) -> None:
         self._engine, self._think_tokens = engine, think_tokens
         self._numbers: dict[int, int] = {}
         self.closing = frozenset(think_tokens.closing_ids.tolist())
-        self.ending = tuple(think_tokens.tokenizer.encode(_ending(think_tokens)))
+        self.tail, self.ending = think_tokens.tail_ids, think_tokens.ending_ids
 
     @cached_property
     def allowed(self) -> int:
@@ -137,11 +138,6 @@ class ThoughtRules:
     def forced_after(self, think_set: int, token: int) -> tuple[int, ...]:
         """Ids that follow the deciding `token` by force."""
         return self._think_tokens[think_set].forced_after(token)
-
-
-def _ending(think_tokens: ThinkTokens) -> str:
-    """How the format ends a thought: what it writes after the content."""
-    return think_tokens.format.render("x", "").rpartition("x")[2]
 
 
 class _Walk:
@@ -262,9 +258,11 @@ class _Walk:
         """Count a sampled token: the thought ends with it, is ended by force, or goes on."""
         assert self._line is not None
         self._sampled += 1
-        if token not in self.rules.closing:
-            if self._sampled < self.settings.max_latent_tokens:
-                return
+        if token in self.rules.closing:
+            self._carry += self.rules.tail
+        elif self._sampled < self.settings.max_latent_tokens:
+            return
+        else:
             self._truncated.append(self._line)
             self._carry += self.rules.ending
         self._thoughts[self._line] = self._ids[self._begin :] + self._carry

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ra3_megatron.data.latent import ThinkTokens
+from ra3_megatron.data.latent import TagFormat, ThinkTokens
 from ra3_megatron.data.tokenizers import train_bpe
 from ra3_megatron.data.trajectory import Kind, Trajectory, TrajectoryBuilder
 from tests.unit.rollout.conftest import full_log_probs
@@ -42,6 +42,15 @@ def texts_and_tokens(start: bool = True) -> tuple[list[Trajectory], ThinkTokens]
     builder = TrajectoryBuilder(tokenizer, think_tokens, tokenizer.start_id("auto") if start else None)
     prompts = ["'''A stack.'''\n" if start else "", "", "", ""]
     return [builder.build(t, p) for t, p in zip(TEXTS, prompts, strict=True)], think_tokens
+
+
+def plain_texts_and_tokens() -> tuple[list[Trajectory], ThinkTokens]:
+    """Text that is no Python, with thoughts between tags; some lines begin like the opening tag."""
+    texts = ["<b>Soup</b>\n\n- cut (the leek\n- boil\n", '<th>one\ntwo\n\n\nthree """\n']
+    tokenizer = train_bpe([*texts * 3, "<think>now\n</think>\n" * 3], 290)
+    think_tokens = ThinkTokens(tokenizer, TagFormat())
+    builder = TrajectoryBuilder(tokenizer, think_tokens, tokenizer.start_id("auto"))
+    return [builder.build(text) for text in texts], think_tokens
 
 
 class OftenThinks:
@@ -118,6 +127,7 @@ def naive_rollout(chunk, vocab_size, expert, uniforms, temperature, max_latent, 
                 if token not in think_tokens.closing_ids:
                     out.truncated.append(line)
                     thought += tokenizer.encode("\n")
+                thought += tokenizer.encode(think_tokens.format.tail)
                 out.thoughts[line] = thought
                 out.ids += thought
             else:

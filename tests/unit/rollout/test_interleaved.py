@@ -12,7 +12,7 @@ from ra3_megatron.data.trajectory import Kind, keeps_program
 from ra3_megatron.model.attention import packed_params
 from ra3_megatron.rollout.interleaved import RolloutSettings, SeededUniforms, rollout
 from ra3_megatron.rollout.megatron import MegatronEngine
-from tests.unit.rollout.naive import OftenThinks, naive_rollout, texts_and_tokens
+from tests.unit.rollout.naive import OftenThinks, naive_rollout, plain_texts_and_tokens, texts_and_tokens
 
 MAX_LATENT = 6
 ARRAYS = "line_log_probs", "without_thought", "p_think", "thought", "positions", "log_probs", "log_allowed"
@@ -56,10 +56,33 @@ def same(one, other):
 def test_chunked_equals_line_by_line(model, texts, parallel, seed, chunk, temperature):
     """A decision read after a thought that changed its context, a line scored without its thought, a lost prefix."""
     trajectories, think_tokens = texts
-    uniforms = OftenThinks(seed)
     options = RolloutSettings(temperature, MAX_LATENT, chunk)
-    found = rollout(engine_of(model, parallel), trajectories[1:], 1, uniforms, options, think_tokens)
-    for i, (expert, one) in enumerate(zip(trajectories[1:], found, strict=True)):
+    check_against_naive(model, parallel, trajectories[1:], think_tokens, OftenThinks(seed), options)
+
+
+def test_tags_equal_line_by_line(make_model, parallel):
+    """A closing tag that is lost, sampled or scored as an action."""
+    trajectories, think_tokens = plain_texts_and_tokens()
+    arch, chunks = make_model("qwen3", think_tokens.tokenizer.vocab_size)
+    with torch.no_grad():
+        chunks[0].output_layer.weight[think_tokens.closing_ids] *= 3
+    ended = 0
+    for seed in range(4):
+        uniforms, options = OftenThinks(seed, 0.004), RolloutSettings(1.0, MAX_LATENT, 5)
+        found = check_against_naive((arch, chunks), parallel, trajectories, think_tokens, uniforms, options)
+        for expert, one in zip(trajectories, found, strict=True):
+            ended += int(one.thought.sum()) - len(one.truncated)
+            for ids in one.trajectory.thoughts().values():
+                assert think_tokens.tokenizer.decode(ids).endswith("\n</think>\n")
+            assert keeps_program(expert, one.trajectory, think_tokens.tokenizer, think_tokens.format)
+    assert ended, "no thought ended by itself"
+
+
+def check_against_naive(model, parallel, trajectories, think_tokens, uniforms, options):
+    """Compare one rollout of each with the line-by-line loop; returns the rollouts."""
+    temperature = options.temperature
+    found = rollout(engine_of(model, parallel), trajectories, 1, uniforms, options, think_tokens)
+    for i, (expert, one) in enumerate(zip(trajectories, found, strict=True)):
         numbers = uniforms(i, 0, (expert.num_lines, 1 + MAX_LATENT))
         naive = naive_rollout(model[1][0], model[0].vocab_size, expert, numbers, temperature, MAX_LATENT, think_tokens)
         assert one.trajectory.ids.tolist() == naive.ids
@@ -71,6 +94,7 @@ def test_chunked_equals_line_by_line(model, texts, parallel, seed, chunk, temper
         np.testing.assert_allclose(one.without_thought, naive.without_thought, rtol=0, atol=1e-4)
         np.testing.assert_allclose(one.log_probs, [x for _, x in naive.actions], rtol=0, atol=1e-5)
         np.testing.assert_allclose(one.log_allowed, naive.log_allowed, rtol=0, atol=1e-5)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,16 @@ class Progress:
         enabled: bool,
         start_step: int = 0,
         console: Console | None = None,
+        unit: str = "step",
     ) -> None:
-        """`start_step` is the step resumed from: the remaining time is estimated from the steps after it."""
+        """`start_step` is the step resumed from: the remaining time is estimated from the steps after it.
+
+        `unit`: what a step is called in a log line.
+        """
         self._total = total_steps
         self._description = description
         self._enabled = enabled
+        self._unit = unit
         # No wrapping and no colour codes in a log file: each update stays one line that grep finds.
         self._console = console or Console(soft_wrap=True, highlight=False)
         self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)], maxlen=WINDOW)
@@ -66,8 +71,9 @@ class Progress:
         loss: float | None = None,
         tokens_per_second: float | None = None,
         validation_loss: float | None = None,
+        snippets_per_second: float | None = None,
     ) -> None:
-        """Show that `step` steps are done. Losses in nats per token, speed over all processes; ETA is worked out."""
+        """Show that `step` steps are done. Losses in nats per token, speeds over all processes; ETA is worked out."""
         if not self._enabled:
             return
         self._marks.append((time.monotonic(), step))
@@ -78,13 +84,15 @@ class Progress:
             figures.append(f"validation loss {validation_loss:.4f}")
         if tokens_per_second is not None:
             figures.append(f"{format_rate(tokens_per_second)} tokens/s")
+        if snippets_per_second is not None:
+            figures.append(f"{snippets_per_second:.3g} snippets/s")
         remaining = self.seconds_left()
         if remaining is not None:
             figures.append(f"{format_duration(remaining)} left")
         if self._live is not None:
             self._live.update(self._task, completed=step, figures="  ".join(figures))
         else:
-            self.message(f"{self._description}  step {step}/{self._total}  {'  '.join(figures)}".rstrip())
+            self.message(f"{self._description}  {self._unit} {step}/{self._total}  {'  '.join(figures)}".rstrip())
 
     def seconds_left(self) -> float | None:
         """Seconds to the last step at the speed of the last updates; None before there is a speed."""

@@ -1,0 +1,288 @@
+"""Rationale generation: z ~ q for every snippet of the corpus, written as a corpus with thoughts and as a dataset.
+
+Replicas take whole shards and do not talk to one another until all are done. What a shard holds depends on its
+snippets, the weights and the seed alone: a killed run loses the shards in flight, and neither kills nor the number of
+replicas change the result.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ra3_megatron.checkpoint.weights import load_weights, read_done
+from ra3_megatron.config.estimate import flops
+from ra3_megatron.config.files import atomic_write_text
+from ra3_megatron.data.bootstrapped import SHARDS, join_shards, open_joined
+from ra3_megatron.data.infused import InfusedSnippet, Provenance, infused_table
+from ra3_megatron.data.prepare import PreparedCorpus
+from ra3_megatron.data.shards import PARTS, Shard, ShardContent, ShardFolder, plan_shards
+from ra3_megatron.data.store import to_columns
+from ra3_megatron.data.trajectory import Kind, Trajectory
+from ra3_megatron.model.factory import build_model
+from ra3_megatron.parallel.collectives import raise_everywhere
+from ra3_megatron.parallel.groups import seed_everything
+from ra3_megatron.report.progress import Progress
+from ra3_megatron.rollout.generation import Drawn, DrawSettings, draw_rationales, round_seed
+from ra3_megatron.rollout.interleaved import RolloutSettings
+from ra3_megatron.rollout.megatron import MegatronEngine
+from ra3_megatron.stages.context import Context
+from ra3_megatron.stages.run_folder import StageFolder, new_attempt
+
+SAY_EVERY_S = 10.0
+"""Seconds between lines of progress, at least."""
+
+_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward")
+"""Settings of `latent` that may change between resumes: finished shards stay."""
+
+
+@dataclass(frozen=True)
+class GenerateInputs:
+    """What thoughts are drawn for, and from which model."""
+
+    corpus: PreparedCorpus
+    """Snippets without thoughts."""
+    weights: Path
+    """Checkpoint folder of q."""
+    round: int
+    """EM round, from 1; the random numbers depend on it."""
+    samples: int = 1
+    """Rollouts per snippet."""
+    resample: bool = False
+    """Keep one of them by its importance weight (arm `bolt`)."""
+
+
+def run_generate(context: Context, stage: StageFolder, inputs: GenerateInputs) -> dict[str, Any]:
+    """Draw thoughts for the whole corpus, going on from the shards that are there; returns the stage's result.
+
+    Result: `snippets`, `thoughts`, `think_rate` (of the decisions offered), `thought_tokens` (mean length),
+    `kept_bare`, `rollout_tokens`, `flops`, `fingerprint`, `corpus` and `dataset` (places in the stage's folder),
+    `seconds` (of all replicas together), `tokens_per_second`; with resampling also `effective_samples` and
+    `multi_sample_bound` (nats per code token). `data/report.json` has all counts by part.
+    """
+    data = stage.path / "data"
+    if not stage.done:
+        context.on_main("log folder", lambda: new_attempt(stage) and None)
+        job = _Job(context, stage, inputs)
+        # The end of this block waits for the slowest replica.
+        seconds = context.config.parallel.setup_timeout_s
+        with raise_everywhere(context.parallel.world, "rationale generation", seconds):
+            job.draw()
+        context.on_main("join of the shards", lambda: job.finish(data))
+
+    def end() -> dict[str, Any]:
+        # Shards are doubles once DONE is there; a crash may have left them.
+        shutil.rmtree(data / SHARDS, ignore_errors=True)
+        return stage.result()
+
+    return context.on_main(f"result of {stage.path.name}", end)
+
+
+def open_bootstrapped(stage_path: Path | str) -> PreparedCorpus:
+    """The corpus with thoughts of a finished generation stage; `SftInputs` takes it like one without.
+
+    Raises UserError when the stage has not finished.
+    """
+    return open_joined(Path(stage_path) / "data")
+
+
+class _Job:
+    """One replica's share of the work, and the end on the main process."""
+
+    def __init__(self, context: Context, stage: StageFolder, inputs: GenerateInputs) -> None:
+        self.context, self.stage, self.inputs = context, stage, inputs
+        c, corpus = context.config, inputs.corpus
+        latent = c.latent
+        self.settings = DrawSettings(
+            RolloutSettings(latent.temperature, latent.max_latent_tokens, latent.chunk_tokens),
+            round_seed(c.run.seed, inputs.round),
+            inputs.samples,
+            inputs.resample,
+        )
+        self.max_tokens = c.train.seq_length - (corpus.tokenizer.eos_id is not None)
+        weights = read_done(inputs.weights)["parameters_sha256"]
+        self.provenance = Provenance(
+            context.folder.path.resolve().name, stage.path.name, inputs.round, weights, corpus.fingerprint
+        )
+        self.stores = {part: getattr(corpus, part) for part in PARTS}
+        lengths = {part: store.lengths for part, store in self.stores.items()}
+        self.plan = plan_shards(lengths, c.generate.shard_snippets)
+        self.shards = ShardFolder(stage.path / "data" / SHARDS, self._key(weights))
+
+    def _key(self, weights: str) -> str:
+        """Names everything the content of the shards depends on, beyond rounding."""
+        latent = {k: v for k, v in vars(self.context.config.latent).items() if k not in _SPEED_ONLY}
+        s = self.settings
+        body = [1, self.inputs.corpus.fingerprint, weights, s.seed, s.samples, s.resample, self.max_tokens, latent]
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    # ---------------------------------------------------------------- drawing
+
+    def draw(self) -> None:
+        """Make this replica's missing shards."""
+        parallel = self.context.parallel
+        finished = set(self.context.on_main("finished shards", lambda: self.shards.finished(self.plan)))
+        mine = [s for s in self.plan if s.number % parallel.sizes.data == parallel.data_rank]
+        missing = [s for s in mine if s.number not in finished]
+        done = sum(s.end - s.start for s in self.plan if s.number in finished)
+        if finished and len(finished) < len(self.plan):
+            self.context.say(f"{len(finished)} of {len(self.plan)} shards are there already")
+        if not missing:
+            return
+        engine = self._engine()
+        writes = parallel.group("mp").rank == 0
+        with _Told(self, done) as told:
+            for shard in missing:
+                parallel.mark(f"shard {shard.number}")
+                content = self._make(engine, shard)
+                if writes:
+                    self.shards.write(shard, content)
+                told.shard(shard, content.counts)
+
+    def _engine(self) -> MegatronEngine:
+        c, parallel, architecture = self.context.config, self.context.parallel, self.context.architecture
+        seed_everything(c.run.seed, parallel)
+        chunks = build_model(architecture, c.model, parallel)
+        load_weights(self.inputs.weights, chunks, architecture, parallel)
+        rows, forward = c.latent.max_batch, c.latent.tokens_per_forward
+        return MegatronEngine(chunks, architecture, parallel, rows, self.max_tokens, forward)
+
+    def _make(self, engine: MegatronEngine, shard: Shard) -> ShardContent:
+        start, before = time.monotonic(), (engine.counters.tokens, engine.counters.forward_passes)
+        store, corpus = self.stores[shard.part], self.inputs.corpus
+        numbers = range(shard.start, shard.end)
+        experts = [store[i] for i in numbers]
+        # One series of ids over both parts, so that no two snippets share random numbers.
+        first = len(self.stores["train"]) if shard.part == "validation" else 0
+        drawn = draw_rationales(engine, experts, [first + i for i in numbers], self.settings, corpus.think_tokens)
+        infused = [_infused(i, e, d) for i, e, d in zip(numbers, experts, drawn, strict=True)]
+        counts = _counts(experts, drawn)
+        counts["rollout_tokens"] = engine.counters.tokens - before[0]
+        counts["forward_passes"] = engine.counters.forward_passes - before[1]
+        counts["seconds"] = time.monotonic() - start
+        columns = to_columns([s.trajectory for s in infused], corpus.think_tokens)
+        return ShardContent(columns, infused_table(infused, corpus.think_tokens, self.provenance), counts)
+
+    # ---------------------------------------------------------------- the end
+
+    def finish(self, data: Path) -> None:
+        """Join the shards, write the counts and the result; on one process, when all shards are there."""
+        joined = join_shards(self.plan, self.shards, self.inputs.corpus, data)
+        seconds = sum(counts.pop("seconds") for counts in joined.values())
+        report = {part: _figures(counts) for part, counts in joined.items()}
+        atomic_write_text(data / "report.json", json.dumps(report, indent=1))
+        total: Counter[str] = Counter()
+        for counts in joined.values():
+            total.update(counts)
+        figures = _figures(total)
+        names = ["snippets", "thoughts", "think_rate", "thought_tokens", "kept_bare", "rollout_tokens"]
+        names += [name for name in ("effective_samples", "multi_sample_bound") if name in figures]
+        context = total["tokens"] / total["snippets"] / 2
+        self.stage.finish(
+            {
+                **{name: figures[name] for name in names},
+                "flops": flops(self.context.architecture, total["rollout_tokens"], context, training=False),
+                "fingerprint": open_joined(data).fingerprint,
+                "corpus": "data/corpus",
+                "dataset": "data/dataset",
+                "seconds": seconds,
+                "tokens_per_second": total["tokens"] / seconds,
+            }
+        )
+
+
+class _Told:
+    """Says now and then how far all replicas are, as the folder shows it, and how fast."""
+
+    def __init__(self, job: _Job, done: int) -> None:
+        self._job, self._replicas = job, job.context.parallel.sizes.data
+        self._all = sum(s.end - s.start for s in job.plan)
+        self._progress = Progress(self._all, job.stage.path.name, job.context.parallel.is_main, done, unit="snippet")
+        self._said = self._begun = time.monotonic()
+        self._snippets = self._tokens = 0.0
+
+    def shard(self, shard: Shard, counts: dict[str, float]) -> None:
+        """After each shard of this replica; its speed stands for that of the others."""
+        self._snippets += counts["snippets"]
+        self._tokens += counts["tokens"]
+        now = time.monotonic()
+        if not self._job.context.parallel.is_main:
+            return
+        finished = self._job.shards.count()
+        if now - self._said < SAY_EVERY_S and finished < len(self._job.plan):
+            return
+        self._said = now
+        rate = self._replicas / (now - self._begun)
+        self._progress.update(
+            round(self._all * finished / len(self._job.plan)),
+            tokens_per_second=self._tokens * rate,
+            snippets_per_second=self._snippets * rate,
+        )
+
+    def __enter__(self) -> "_Told":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+
+
+def _infused(number: int, expert: Trajectory, drawn: Drawn) -> InfusedSnippet:
+    """The snippet as it is trained on: with the thoughts that were kept, or bare."""
+    kept = drawn.kept
+    if kept is None:
+        unknown = np.full(len(expert.decisions), np.nan)
+        return InfusedSnippet(number, expert, unknown, np.full(expert.num_lines, np.nan))
+    return InfusedSnippet(number, kept.trajectory, kept.p_think, kept.line_log_probs)
+
+
+def _counts(experts: Sequence[Trajectory], drawn: Sequence[Drawn]) -> dict[str, float]:
+    """What of some snippets is summed over the corpus; decisions and thoughts are those of the rollouts kept."""
+    kept = [d.kept for d in drawn if d.kept is not None]
+    thoughts = [ids for r in kept for ids in r.trajectory.thoughts().values()]
+    code = [int((e.kinds() == Kind.CODE).sum()) for e in experts]
+    bounded = [(d.bound, tokens) for d, tokens in zip(drawn, code, strict=True) if math.isfinite(d.bound)]
+    thought_tokens = sum(map(len, thoughts))
+    return {
+        "snippets": len(drawn),
+        "code_tokens": sum(code),
+        "tokens": sum(len(e.ids) for e in experts) + thought_tokens,
+        "decisions": sum(len(r.thought) for r in kept),
+        "thoughts": len(thoughts),
+        "all_thought_tokens": thought_tokens,
+        "truncated": sum(len(r.truncated) for r in kept),
+        "not_offered": sum(r.not_offered for r in kept),
+        "broken_programs": sum(d.broken for d in drawn),
+        "redrawn": sum(d.tries > 1 for d in drawn),
+        "kept_bare": sum(d.kept is None for d in drawn),
+        "resampled": len(bounded),
+        "all_effective_samples": math.fsum(d.effective_samples for d in drawn if math.isfinite(d.bound)),
+        "all_bounds": math.fsum(bound for bound, _ in bounded),
+        "bounded_tokens": sum(tokens for _, tokens in bounded),
+    }
+
+
+def _figures(counts: Mapping[str, float]) -> dict[str, float]:
+    """Counts and means of a part, or of all; a mean of nothing is 0."""
+
+    def mean(total: str, number: str) -> float:
+        return counts[total] / counts[number] if counts[number] else 0.0
+
+    figures = {name: value for name, value in counts.items() if not name.startswith("all_")}
+    figures |= {
+        "think_rate": mean("thoughts", "decisions"),
+        "thought_tokens": mean("all_thought_tokens", "thoughts"),
+        "effective_samples": mean("all_effective_samples", "resampled"),
+        "multi_sample_bound": mean("all_bounds", "bounded_tokens"),
+    }
+    if not counts["resampled"]:
+        for name in ("resampled", "bounded_tokens", "effective_samples", "multi_sample_bound"):
+            del figures[name]
+    return figures

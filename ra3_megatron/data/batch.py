@@ -137,11 +137,13 @@ def collate(
     pad_id: int,
     pad_multiple: int = 1,
     components: Sequence[str] = (),
+    extras: Sequence[str] = (),
 ) -> TrainBatch:
     """One micro-batch of `len(windows) * seq_length` tokens.
 
     `seq_length` must be a multiple of `pad_multiple`. Padding after a sequence belongs to it, the rest of a window is a
-    sequence of its own; both have weight 0. `components` are weights that the batch has even if no sequence names them.
+    sequence of its own; both have weight 0. `components` are weights that the batch has even if no sequence names them,
+    `extras` likewise; what a sequence does not name is 0.
     Raises ValueError when a window's sequences do not fit.
     """
     if seq_length % pad_multiple:
@@ -161,7 +163,7 @@ def collate(
     lengths = np.diff(boundaries)
     positions = np.arange(layout.tokens, dtype=np.int64) - np.repeat(boundaries[:-1], lengths)
     names = dict.fromkeys([*components, *(n for s in flat for n in s.weights)])
-    extras = dict.fromkeys(n for s in flat for n in s.extras)
+    extra_names = dict.fromkeys([*extras, *(n for s in flat for n in s.extras)])
     return TrainBatch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -169,6 +171,6 @@ def collate(
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         weights=_shifted(windows, "weights", list(names), layout),
-        extras=_shifted(windows, "extras", list(extras), layout),
+        extras=_shifted(windows, "extras", list(extra_names), layout),
         kinds=None if kinds is None else torch.from_numpy(kinds),
     )

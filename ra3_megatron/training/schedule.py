@@ -4,16 +4,43 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ra3_megatron.data.batch import TrainBatch
+from ra3_megatron.config.sections import TrainConfig
+from ra3_megatron.config.validate import sequence_multiple
+from ra3_megatron.data.batch import TrainBatch, collate
+from ra3_megatron.data.packing import Packing, TrainSequence, pack
 from ra3_megatron.parallel.groups import Parallel
 
 MicroBatchLoss = Callable[[int, TrainBatch, Tensor], tuple[Tensor, Tensor, Any]]
 """`(number of the micro-batch, batch on the device, logits [1, tokens, columns]) -> (loss, count, what to keep)`."""
+
+
+def pack_micro_batches(
+    sequences: Sequence[TrainSequence],
+    train: TrainConfig,
+    parallel: Parallel,
+    components: Sequence[str] = (),
+    extras: Sequence[str] = (),
+) -> tuple[list[TrainBatch], Packing]:
+    """Micro-batches of this replica's `sequences`, any number of them, and which window each of them is in.
+
+    Windows follow each other through the micro-batches. Empty windows fill the last one up, and the last group of an
+    interleaved pipeline; without sequences there is one group of empty windows. `components`, `extras` as in `collate`.
+    Raises UserError for a sequence longer than a window.
+    """
+    multiple, sizes = sequence_multiple(parallel.sizes.context), parallel.sizes
+    packing = pack(np.array([len(s.ids) for s in sequences], dtype=np.int64), train.seq_length, multiple)
+    windows = [[sequences[i] for i in packing.window(w)] for w in range(len(packing))]
+    size = train.micro_batch_size
+    group = size * (sizes.pipeline if sizes.virtual_pipeline else 1)
+    windows += [[] for _ in range(-len(windows) % group or (group if not windows else 0))]
+    parts = [windows[i : i + size] for i in range(0, len(windows), size)]
+    return [collate(p, train.seq_length, 0, multiple, components, extras) for p in parts], packing
 
 
 def run_schedule(

@@ -1,0 +1,169 @@
+"""Log-probabilities of expert lines by teacher forcing, in packed windows through Megatron's schedule.
+
+What a frozen scorer, the policy in training or a model under measurement says about texts that are there already, with
+or without thoughts; nothing is sampled. Temperature 1 throughout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ra3_megatron.algo.logprobs import VocabShard, token_log_probs
+from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.data.batch import TrainBatch, context_parallel_indices, context_parallel_slice
+from ra3_megatron.data.packing import TrainSequence, padded
+from ra3_megatron.data.trajectory import Kind, Trajectory
+from ra3_megatron.model.factory import unwrap
+from ra3_megatron.parallel.collectives import explain_timeouts
+from ra3_megatron.parallel.groups import Parallel
+from ra3_megatron.rollout.engine import EngineCounters
+from ra3_megatron.training.schedule import pack_micro_batches, run_schedule
+
+
+@dataclass(frozen=True)
+class LineScores:
+    """Log-probabilities of one text, nats; the first token of a text without start token or prompt counts 0."""
+
+    lines: np.ndarray = field(repr=False)
+    """float64 [lines]: sum over the tokens of every code line; NaN where it was not asked for."""
+    thoughts: np.ndarray = field(repr=False)
+    """float64 [lines]: sum over the tokens, forced ones included, of the thought before it; 0 without one, NaN where
+    the line was not asked for. The language model's own, over the whole vocabulary, not the deciding policy's."""
+
+    @property
+    def total(self) -> float:
+        """log p(text, thoughts) of the language model, the prompt given."""
+        return float(self.lines.sum() + self.thoughts.sum())
+
+
+class LineScorer:
+    """Scores texts with the model in `chunks`, wrapped or not; after each call they are in evaluation mode.
+
+    All processes of a model replica make the same calls and get the same; replicas call on their own, with lists of
+    their own, since nothing is exchanged between them. With `overlap_param_gather`, call
+    `checkpoint.capture.synchronise_parameters` after an update and before this. `config` gives the window
+    (`train.seq_length`) and how many go through the model at once (`train.micro_batch_size`). `counters` count the
+    work, padding included.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        architecture: Architecture,
+        parallel: Parallel,
+        config: RunConfig,
+    ) -> None:
+        self.counters = EngineCounters()
+        self._chunks, self._parallel, self._train = list(chunks), parallel, config.train
+        config_of_model: Any = unwrap(chunks[0]).config
+        # All windows have one length: pipeline stages need not tell each other shapes.
+        config_of_model.variable_seq_lengths = False
+        columns = unwrap(chunks[-1]).vocab_size // parallel.sizes.tensor
+        group = parallel.pg_collection.tp if parallel.sizes.tensor > 1 else None
+        self._vocab = VocabShard(columns * parallel.tensor_rank, architecture.vocab_size, group)
+
+    # ---------------------------------------------------------------- lines
+
+    def score(self, trajectories: Sequence[Trajectory], lines: Sequence[np.ndarray] | None = None) -> list[LineScores]:
+        """Every line and thought of the `trajectories`, which may have thoughts or not, in order.
+
+        `lines` bool [lines] of each: score these alone; the text after the last of them is not run. Raises UserError
+        for a text longer than a window.
+        """
+        wanted = [np.ones(t.num_lines, bool) for t in trajectories] if lines is None else lines
+        ends = [
+            max([s.end for s in t.segments if s.kind == Kind.CODE and w[s.line]], default=0)
+            for t, w in zip(trajectories, wanted, strict=True)
+        ]
+        scores = self.token_log_probs([t.ids[:end] for t, end in zip(trajectories, ends, strict=True)])
+        out = []
+        for trajectory, chosen, values in zip(trajectories, wanted, scores, strict=True):
+            by_kind = {kind: np.where(chosen, 0.0, np.nan) for kind in (Kind.CODE, Kind.THOUGHT)}
+            for s in trajectory.segments:
+                if s.kind != Kind.PROMPT and chosen[s.line]:
+                    by_kind[s.kind][s.line] = values[s.start : s.end].sum()
+            out.append(LineScores(by_kind[Kind.CODE], by_kind[Kind.THOUGHT]))
+        return out
+
+    def without_thought(
+        self, trajectories: Sequence[Trajectory], lines: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """float64 [lines] of each: a line with a thought, after the same text but without that thought; NaN elsewhere.
+
+        The earlier thoughts stay. Every such line is run with all its text before: for a policy's own rollouts
+        `Rollout.without_thought` has the same for free. `lines` as in `score`.
+        """
+        texts, places = [], []
+        for number, trajectory in enumerate(trajectories):
+            code = {s.line: s for s in trajectory.segments if s.kind == Kind.CODE}
+            for s in trajectory.segments:
+                if s.kind == Kind.THOUGHT and (lines is None or lines[number][s.line]):
+                    own = code[s.line]
+                    texts.append(np.concatenate((trajectory.ids[: s.start], trajectory.ids[own.start : own.end])))
+                    places.append((number, s.line, s.start))
+        out = [np.full(t.num_lines, np.nan) for t in trajectories]
+        for (number, line, start), values in zip(places, self.token_log_probs(texts), strict=True):
+            out[number][line] = values[start:].sum()
+        return out
+
+    # ---------------------------------------------------------------- tokens
+
+    @torch.no_grad()
+    def token_log_probs(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probability of every token of `texts` (ids, int32 [tokens] each), nats: float64 [tokens] of each.
+
+        The first token of a text has none and counts 0. Raises UserError for a text longer than a window.
+        """
+        lengths = np.array([len(t) for t in texts], dtype=np.int64)
+        out = [np.zeros(n) for n in lengths]
+        if not lengths.any():
+            return out
+        batches, packing = pack_micro_batches([TrainSequence(t, {}) for t in texts], self._train, self._parallel)
+        rows = self._run(batches)
+        for window in range(len(packing)):
+            at = window * self._train.seq_length
+            for number in packing.window(window):
+                n = int(lengths[number])
+                out[number][1:] = rows[at : at + n - 1]  # row i predicts token i + 1
+                at += int(padded(np.array(n), packing.pad_multiple))
+        return out
+
+    def _run(self, batches: Sequence[TrainBatch]) -> np.ndarray:
+        """All processes of the replica: log-probability of every label of the micro-batches, float64 [positions]."""
+        parallel, sizes = self._parallel, self._parallel.sizes
+        replica = parallel.group("mp")
+        parallel.mark("scoring")
+        for chunk in self._chunks:
+            chunk.eval()
+        local = [context_parallel_slice(b, parallel.context_rank, sizes.context) for b in batches]
+        with explain_timeouts(replica, "scoring"):
+            stored = run_schedule(parallel, self._chunks, local, self._keep, forward_only=True)
+            shape = (len(batches), batches[0].input_ids.numel())
+            found = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
+            if parallel.is_last_stage:
+                for row, batch, values in zip(found, batches, stored, strict=True):
+                    if sizes.context == 1:
+                        row.copy_(values)
+                    else:
+                        index = context_parallel_indices(batch.cu_seqlens, parallel.context_rank, sizes.context)
+                        row[index.to(parallel.device)] = values.double()
+                if sizes.context > 1:
+                    dist.all_reduce(found, group=parallel.pg_collection.cp)
+            if sizes.pipeline > 1:
+                group = parallel.pg_collection.pp
+                dist.broadcast(found, src=dist.get_process_group_ranks(group)[-1], group=group)
+        self.counters.forward_passes += len(batches)
+        self.counters.tokens += found.numel()
+        return found.view(-1).cpu().numpy()
+
+    def _keep(self, number: int, batch: TrainBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In the place of a loss: the labels' log-probabilities."""
+        scores = token_log_probs(output.squeeze(0), batch.labels, self._vocab, consume=True)
+        zero = torch.zeros((), device=output.device)
+        return zero, torch.ones((), dtype=torch.int, device=output.device), scores

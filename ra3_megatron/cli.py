@@ -77,6 +77,12 @@ def midtrain(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with a run whose configuration was changed on purpose.")
     ] = False,
+    stage: Annotated[
+        str | None, typer.Option(help="Run this stage alone, such as variational; what it needs must be done.")
+    ] = None,
+    arm: Annotated[str | None, typer.Option(help="Arm of that stage; the first of run.arms unless given.")] = None,
+    round: Annotated[int | None, typer.Option(min=1, help="EM round of that stage; 1 unless given.")] = None,
+    status: Annotated[bool, typer.Option("--status", help="Print which stages are done, and start nothing.")] = False,
 ) -> None:
     """Train a model: corpus in, trained model and report out. Run it again to go on where it stopped."""
     from ra3_megatron.config.run import load_config
@@ -93,7 +99,12 @@ def midtrain(
         raise UserError(f"--world-size {world_size} was given without --dry-run; start the processes with torchrun")
     from ra3_megatron.stages import pipeline
 
-    pipeline.run(run_config, accept_changes)
+    if status:
+        say(pipeline.status(run_config))
+        return
+    if stage is None and (arm is not None or round is not None):
+        raise UserError("--arm and --round say which stage is meant; give --stage too")
+    pipeline.run(run_config, accept_changes, pipeline.Only(stage, arm, round) if stage is not None else None)
 
 
 @convert.command("import", no_args_is_help=True)

@@ -90,7 +90,7 @@ _KINDS: dict[str, type] = {
     "data": dict,
     "lr_schedule": dict,
     "layout": dict,
-    **dict.fromkeys(("step", "rollout_round", "em_round", "tokens", "samples", "skipped_steps"), int),
+    **dict.fromkeys(("step", "rollout_round", "em_round", "tokens", "code_tokens", "samples", "skipped_steps"), int),
 }
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,26 @@ from ra3_megatron.checkpoint.state import TrainState
 from ra3_megatron.checkpoint.store import CheckpointStore, SaveEvent
 from ra3_megatron.checkpoint.weights import load_weights
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.estimate import flops
 from ra3_megatron.config.validate import sequence_multiple, total_steps
 from ra3_megatron.data.batch import TrainBatch, collate
-from ra3_megatron.data.packing import PackedWindows
+from ra3_megatron.data.packing import PackedWindows, train_sequence
 from ra3_megatron.data.prepare import PreparedCorpus
 from ra3_megatron.data.sampler import RankBatch, SamplerState, WindowSampler
+from ra3_megatron.data.store import TrajectoryStore
 from ra3_megatron.model.factory import build_model, choose_layers
 from ra3_megatron.parallel.groups import seed_everything
 from ra3_megatron.report.metrics import MetricsLog
 from ra3_megatron.report.progress import Progress
-from ra3_megatron.report.schema import METRICS_FILE, read_metrics
+from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.run_folder import StageFolder, new_attempt
-from ra3_megatron.training.components import cross_entropy_component
+from ra3_megatron.training.components import code_cross_entropy_component, cross_entropy_component
 from ra3_megatron.training.engine import StepResult, TrainEngine
 from ra3_megatron.training.optimizer import apply_settings
+
+COMPONENTS = ("cross_entropy", "code_cross_entropy")
+"""Loss components: what is learned, and code tokens alone, for figures that compare between arms."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,9 @@ class SftInputs:
     """config.json and tokenizer that every checkpoint carries."""
     weights: Path | None
     """Checkpoint folder the weights come from; none = random."""
+    raw: PreparedCorpus
+    """The same code without thoughts: what the length of the training counts, and what is measured beside; the corpus
+    itself where it has no thoughts."""
 
 
 def run_sft(context: Context, stage: StageFolder, inputs: SftInputs) -> dict[str, Any]:
@@ -49,9 +58,13 @@ def run_sft(context: Context, stage: StageFolder, inputs: SftInputs) -> dict[str
     result = trainer.train()
 
     def finish() -> dict[str, Any]:
-        measured = [r["validation_loss"] for r in read_metrics(stage.path / METRICS_FILE) if "validation_loss" in r]
-        losses = {"validation_loss_before": measured[0], "validation_loss": measured[-1]} if measured else {}
-        stage.finish({**result, **losses})
+        records = read_metrics(stage.path / METRICS_FILE)
+        losses = {}
+        for name in ("validation_loss", "validation_code_loss", "bare_code_loss"):
+            if measured := [r[name] for r in records if name in r]:
+                losses |= {f"{name}_before": measured[0], name: measured[-1]}
+        seconds = sum(r[WALL].get("step_seconds", 0.0) for r in records if WALL in r)
+        stage.finish({**result, **losses, "seconds": seconds})
         return stage.result()
 
     return context.on_main("end of training", finish)
@@ -66,11 +79,19 @@ class _Trainer:
         corpus, c = inputs.corpus, context.config
         multiple = context.layout.sequence_multiple
         self.eos_id, self.multiple = corpus.tokenizer.eos_id, multiple
-        self.windows = PackedWindows(corpus.train, c.train.seq_length, self.eos_id, multiple, c.run.seed)
-        self.validation = None
+        self.windows = self._pack(corpus.train)
+        self.validation = {}
         if len(corpus.validation):
-            self.validation = PackedWindows(corpus.validation, c.train.seq_length, self.eos_id, multiple, c.run.seed)
-        self.total = total_steps(c, context.layout, len(self.windows))
+            self.validation["validation"] = self._pack(corpus.validation)
+        raw = self.windows
+        if inputs.raw.fingerprint != corpus.fingerprint:
+            raw = self._pack(inputs.raw.train)
+            if len(inputs.raw.validation):
+                self.validation["bare"] = self._pack(inputs.raw.validation)
+        self.total = total_steps(c, context.layout, len(raw))
+        if c.train.steps is None:
+            # The same code in more windows: every arm sees the same code equally often.
+            self.total = -(-self.total * len(self.windows) // len(raw))
         self.sampler = WindowSampler(len(self.windows), c.train.global_batch_size, c.run.seed, self.windows.fingerprint)
         self.engine = self._build_engine(inputs)
         self.store = CheckpointStore(
@@ -84,6 +105,11 @@ class _Trainer:
         self.state = self._start_state(inputs)
         self.skipped_in_a_row = 0
 
+    def _pack(self, store: TrajectoryStore) -> PackedWindows:
+        c = self.config
+        make = partial(train_sequence, loss_on=c.train.loss_on)
+        return PackedWindows(store, c.train.seq_length, self.eos_id, self.multiple, c.run.seed, make)
+
     def _build_engine(self, inputs: SftInputs) -> TrainEngine:
         c = self.config
         seed_everything(c.run.seed, self.parallel)
@@ -91,7 +117,7 @@ class _Trainer:
         chunks = build_model(self.context.architecture, c.model, self.parallel)
         if inputs.weights is not None:
             load_weights(inputs.weights, chunks, self.context.architecture, self.parallel)
-        components = [cross_entropy_component()]
+        components = [cross_entropy_component(), code_cross_entropy_component()]
         return TrainEngine(c, self.context.architecture, self.parallel, chunks, components, self.total)
 
     def _start_state(self, inputs: SftInputs) -> TrainState:
@@ -178,7 +204,7 @@ class _Trainer:
         """One micro-batch; window number -1 is padding alone."""
         pad = self.eos_id if self.eos_id is not None else 0
         chosen = [windows[n] if n >= 0 else [] for n in numbers]
-        return collate(chosen, self.config.train.seq_length, pad, self.multiple, ("cross_entropy",))
+        return collate(chosen, self.config.train.seq_length, pad, self.multiple, COMPONENTS)
 
     def _count(self, result: StepResult, position: SamplerState) -> None:
         state = self.state
@@ -186,6 +212,7 @@ class _Trainer:
             state,
             step=state.step + 1,
             tokens=state.tokens + round(result.weights["cross_entropy"]),
+            code_tokens=state.code_tokens + round(result.weights["code_cross_entropy"]),
             samples=state.samples + self.config.train.global_batch_size,
             skipped_steps=state.skipped_steps + result.skipped,
             data=asdict(position),
@@ -202,6 +229,7 @@ class _Trainer:
         self.metrics.log(
             step,
             loss=result.loss,
+            code_loss=result.components["code_cross_entropy"],
             lr=result.lr,
             grad_norm=result.grad_norm,
             loss_tokens=round(result.weights["cross_entropy"]),
@@ -216,23 +244,33 @@ class _Trainer:
             progress.update(step, loss=result.loss, tokens_per_second=tokens / seconds)
 
     def _measure(self, progress: Progress) -> None:
-        """Loss over the first windows of the validation split, logged at the current step."""
-        if self.validation is None:
-            return
+        """Losses over the first windows of the validation split, logged at the current step."""
+        figures = {}
+        if "validation" in self.validation:
+            losses = self._losses(self.validation["validation"])
+            figures["validation_loss"] = losses["cross_entropy"]
+            figures["validation_code_loss"] = figures["bare_code_loss"] = losses["code_cross_entropy"]
+        if "bare" in self.validation:
+            figures["bare_code_loss"] = self._losses(self.validation["bare"])["code_cross_entropy"]
+        if figures:
+            self.metrics.log(self.state.step, **figures)
+            progress.update(self.state.step, validation_loss=figures["validation_loss"])
+
+    def _losses(self, windows: PackedWindows) -> dict[str, float]:
+        """Mean of every component over the first `train.eval_windows` windows."""
         t, layout = self.config.train, self.context.layout
-        count = min(t.eval_windows, len(self.validation))
+        count = min(t.eval_windows, len(windows))
         own = t.global_batch_size // layout.data
-        total = weight = 0.0
+        totals, weights = dict.fromkeys(COMPONENTS, 0.0), dict.fromkeys(COMPONENTS, 0.0)
         for start in range(0, count, t.global_batch_size):
             mine = [start + self.parallel.data_rank * own + i for i in range(own)]
             rows = [n if n < count else -1 for n in mine]
             groups = [rows[i : i + t.micro_batch_size] for i in range(0, own, t.micro_batch_size)]
-            result = self.engine.evaluate([self._collate(self.validation, g) for g in groups])
-            total += result.components["cross_entropy"] * result.weights["cross_entropy"]
-            weight += result.weights["cross_entropy"]
-        loss = total / weight
-        self.metrics.log(self.state.step, validation_loss=loss)
-        progress.update(self.state.step, validation_loss=loss)
+            result = self.engine.evaluate([self._collate(windows, g) for g in groups])
+            for name in COMPONENTS:
+                totals[name] += result.components[name] * result.weights[name]
+                weights[name] += result.weights[name]
+        return {name: totals[name] / weights[name] for name in COMPONENTS}
 
     def _save(self, step: int) -> SaveEvent | None:
         engine = self.engine
@@ -258,5 +296,12 @@ class _Trainer:
             "step": self.total,
             "tokens": self.state.tokens,
             "samples": self.state.samples,
+            "code_tokens": self.state.code_tokens,
+            "flops": flops(
+                self.context.architecture,
+                self.state.samples * self.config.train.seq_length,
+                self.config.train.seq_length / 2,
+                training=True,
+            ),
             "parameters_sha256": last.parameters_sha256,
         }

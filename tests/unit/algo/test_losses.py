@@ -29,6 +29,20 @@ def test_hand_computed():
     assert cross_entropy(torch.tensor([-2.5])).item() == 2.5
 
 
+def test_truncated_weights():
+    """Weights min(ratio, 2) on the score function: an action whose ratio is clipped by PPO goes on being learned."""
+    lp = torch.log(torch.tensor([4.0, 0.5, 1.0])).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 3.0])
+    config = PolicyLossConfig(correction="truncate", max_importance_weight=2.0)
+    out = policy_loss(lp, torch.zeros(3), advantages, config)
+    out.loss.sum().backward()
+    torch.testing.assert_close(lp.grad, torch.tensor([-2.0, 0.5, -3.0]))
+    torch.testing.assert_close(out.loss.detach(), lp.grad)
+    assert out.clipped.tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="leave proximal"):
+        policy_loss(lp, torch.zeros(3), advantages, config, proximal=torch.zeros(3))
+
+
 floats = st.floats(-2, 2)
 
 

@@ -58,7 +58,7 @@ REQUIRED = [
 EXTRAS = {
     # Transformer Engine builds against the torch that is there: pip install --no-build-isolation -e .[te]
     "te": ["transformer-engine[pytorch]>=2.18,<2.21"],
-    "vllm": ["vllm>=0.10"],
+    "vllm": ["vllm>=0.15"],
     "nemo": ["nemo-toolkit>=3.0"],
     "wandb": ["wandb>=0.20"],
     "mlflow": ["mlflow>=3"],

@@ -200,6 +200,19 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     return {name: shape for unit in units(arch) for name, shape in unit.hf_shapes(arch).items()}
 
 
+def live_hf_tensors(parameters: Mapping[str, Tensor], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and tensors of a model in memory that is not split over processes, in its dtype.
+
+    `parameters` by Megatron's names, the vocabulary's padding included; the tensors share memory with them where the
+    rule allows. Raises KeyError for a missing one.
+    """
+    for unit in units(arch):
+        tensor = parameters[unit.name].detach()
+        if unit.key in VOCABULARY_KEYS:
+            tensor = tensor[: arch.vocab_size]
+        yield from zip(unit.hf_shapes(arch), unit.rule.split(tensor, arch), strict=True)
+
+
 @dataclass(frozen=True)
 class TensorDifferences:
     """How a set of Hugging Face tensors differs from what the architecture asks for."""

@@ -43,12 +43,19 @@ class LatentConfig:
     """Most expert tokens of a row forced in by one forward pass; speed only."""
     max_batch: int = 64
     """Rows of the rollout engine per replica; speed and memory of the key-value cache only."""
+    engine: Literal["megatron", "vllm"] = "megatron"
+    """Where rollouts run: in the training model itself, or in vLLM (extra `vllm`, a GPU, no tensor or pipeline
+    parallelism), which gets a copy of the weights after every update."""
+    vllm_memory: float = 0.3
+    """`vllm`: share of the GPU's memory that vLLM takes for its weights and cache; the rest is for training."""
     tokens_per_forward: int = 8192
     """Most new tokens of one forward pass of the rollout engine; speed and memory only."""
 
     def __post_init__(self) -> None:
         for name in ("max_latent_tokens", "chunk_tokens", "max_batch", "tokens_per_forward"):
             _at_least(f"latent.{name}", getattr(self, name), 1)
+        if not 0 < self.vllm_memory < 1:
+            raise UserError(f"latent.vllm_memory = {self.vllm_memory}; it is a share; set a value between 0 and 1")
         if self.temperature <= 0:
             raise UserError(f"latent.temperature = {self.temperature}; it must be above 0; 1 samples as trained")
 

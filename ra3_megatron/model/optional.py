@@ -1,4 +1,4 @@
-"""The one place where Transformer Engine and apex are looked for."""
+"""The one place where Transformer Engine, vLLM and apex are looked for."""
 
 import importlib.metadata
 import importlib.util
@@ -10,6 +10,9 @@ from ra3_megatron.config.errors import UserError
 
 TE_OLDEST, TE_NEXT = Version("2.18"), Version("2.21")
 """Transformer Engine releases that fit megatron-core 0.19: at least the first, below the second."""
+
+VLLM_OLDEST = Version("0.15")
+"""First release whose documentation has all that is used: flat log-probabilities, all of them, calls on the model."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,31 @@ def require_te(what: str) -> None:
         raise UserError(
             f"{what} needs Transformer Engine; {found.reason}; pip install 'ra3-megatron[te]' on a machine with a "
             "Hopper or newer GPU, or choose precision bf16 and layers local"
+        )
+
+
+def vllm() -> OptionalPackage:
+    """Look for vLLM without importing it (its import takes many seconds and wants a GPU)."""
+    try:
+        release = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return OptionalPackage(False, None, "vllm is not installed")
+    if Version(release) < VLLM_OLDEST:
+        return OptionalPackage(False, release, f"vllm {release} is installed; {VLLM_OLDEST} is the oldest that fits")
+    import torch
+
+    if not torch.cuda.is_available():
+        return OptionalPackage(False, release, "vllm needs a GPU here and none was found")
+    return OptionalPackage(True, release, "")
+
+
+def require_vllm(what: str) -> None:
+    """Raise UserError naming what asked, what was found and the extra to install, unless vLLM is usable."""
+    found = vllm()
+    if not found.usable:
+        raise UserError(
+            f"{what} needs vLLM; {found.reason}; pip install 'ra3-megatron[vllm]' on a machine with a GPU, or set "
+            "latent.engine=megatron"
         )
 
 

@@ -61,3 +61,25 @@ def test_transformer_engine_releases(packages, monkeypatch, version, gpu, usable
     if not usable:
         with pytest.raises(UserError, match=r"'ra3-megatron\[te\]'"):
             optional.require_te("model.precision fp8")
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "reason"),
+    [
+        (None, True, "vllm is not installed"),
+        ("0.10.2", True, "vllm 0.10.2 is installed; 0.15"),
+        ("0.33.0", False, "needs a GPU"),
+        ("0.33.0", True, ""),
+    ],
+)
+def test_vllm_releases(packages, monkeypatch, version, gpu, reason):
+    """An old release takes the arguments and answers something else."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    if version:
+        _fake(packages, "vllm", version)
+    found = optional.vllm()
+    assert reason in found.reason
+    assert found.usable is not bool(reason)
+    if reason:
+        with pytest.raises(UserError, match=r"'ra3-megatron\[vllm\]'.*latent\.engine=megatron"):
+            optional.require_vllm("latent.engine=vllm")

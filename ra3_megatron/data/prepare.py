@@ -26,6 +26,7 @@ from ra3_megatron.data.corpus import Document, read_corpus, source_key
 from ra3_megatron.data.decontaminate import NgramIndex
 from ra3_megatron.data.filters import REASONS, CorpusReport, DuplicateFilter, clean
 from ra3_megatron.data.latent import ThinkTokens, latent_format
+from ra3_megatron.data.licenses import LICENSES_FILE, license_line
 from ra3_megatron.data.lines import PARSE_ERRORS, LineError, normalise, parse, strip_comments
 from ra3_megatron.data.store import Columns, TrajectoryStore, TrajectoryWriter, to_columns
 from ra3_megatron.data.tokenizers import Tokenizer, load_folder, load_tokenizer
@@ -62,6 +63,7 @@ class _Result:
     name: str
     reason: str | None = None
     tokens: int = 0
+    licenses: tuple[str, ...] = ()
     digest: bytes = b""
     signature: np.ndarray | None = None
     columns: Columns | None = None
@@ -111,7 +113,7 @@ class _Worker:
             return _Result(name, "unsplittable", tokens)
         columns = to_columns(good, self.think_tokens)
         bad = len(pieces) - len(good)
-        return _Result(name, None, tokens, cleaned.digest, cleaned.signature, columns, lost, bad)
+        return _Result(name, None, tokens, document.licenses, cleaned.digest, cleaned.signature, columns, lost, bad)
 
     @staticmethod
     def _parses(program: str) -> bool:
@@ -193,13 +195,16 @@ def _write(
     limit: int,
     progress: Callable[[CorpusReport], None] | None,
 ) -> CorpusReport:
-    """Drop duplicates, divide into train and validation, write both stores."""
+    """Drop duplicates, divide into train and validation, write both stores, and the licences where they are known."""
     report = CorpusReport()
     f = config.filters
     duplicates = DuplicateFilter(f.exact_duplicates, f.near_duplicates, f.near_duplicate_threshold)
     with ExitStack() as stack:
         train = stack.enter_context(TrajectoryWriter(folder / "train", think_tokens))
         validation = stack.enter_context(TrajectoryWriter(folder / "validation", think_tokens))
+        licenses = None
+        if config.corpus.license_field:
+            licenses = stack.enter_context((folder / LICENSES_FILE).open("w", encoding="utf-8"))
         for chunk in results:
             for result in chunk:
                 report.read += 1
@@ -213,6 +218,8 @@ def _write(
                     report.dropped[reason] += 1
                     continue
                 assert result.columns is not None
+                if licenses is not None:
+                    licenses.write(license_line(result.name, result.licenses))
                 held_out = _goes_to_validation(result.digest, config.validation_fraction)
                 (validation if held_out else train).append_columns(result.columns)
                 report.kept += 1

@@ -6,7 +6,7 @@ change the program, other thoughts are drawn, and after some tries the snippet s
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.data.latent import ThinkTokens
 from ra3_megatron.data.trajectory import Kind, Trajectory, keeps_program
 from ra3_megatron.rollout.engine import Extend, RolloutEngine
+from ra3_megatron.rollout.hindsight import from_hindsight, hindsight_views
 from ra3_megatron.rollout.interleaved import Rollout, RolloutSettings, SeededUniforms, Uniforms, rollout
 
 TRIES = 4
@@ -64,6 +65,23 @@ class Drawn:
     """1 / sum of squared importance weights, from 1 to the number of samples; NaN without resampling."""
     bound: float = float("nan")
     """log 1/K sum p(x, z_k) / q(z_k | x), nats: a bound on log p(x); NaN without resampling."""
+
+
+def propose_with_hindsight(
+    engine: RolloutEngine,
+    experts: Sequence[Trajectory],
+    group_size: int,
+    uniforms: Uniforms,
+    settings: RolloutSettings,
+    think_tokens: ThinkTokens,
+) -> list[Rollout]:
+    """Like `rollout`, with the whole text in q's view; the rollouts are of the texts without it.
+
+    Their lines have no log-probabilities, see `from_hindsight`. Raises UserError for a text that does not fit twice.
+    """
+    views = hindsight_views(experts, think_tokens, engine.max_tokens, settings.max_latent_tokens)
+    drawn = rollout(engine, views, group_size, uniforms, settings, think_tokens)
+    return [from_hindsight(r, experts[r.number]) for r in drawn]
 
 
 def round_seed(seed: int, round: int) -> int:
@@ -119,7 +137,18 @@ def draw_rationales(
             chosen = [(groups[k][0], float("nan"), float("nan")) for k in settled]
         for k, (kept, effective, bound) in zip(settled, chosen, strict=True):
             found[pending[k]] = Drawn(kept, broken[pending[k]], attempt + 1, effective, bound)
-    return [found.get(i) or Drawn(None, broken[i], TRIES) for i in range(len(experts))]
+    drawn = [found.get(i) or Drawn(None, broken[i], TRIES) for i in range(len(experts))]
+    return _with_lines(engine, drawn)
+
+
+def _with_lines(engine: RolloutEngine, drawn: Sequence[Drawn]) -> list[Drawn]:
+    """Fill in the lines' log-probabilities where the rollouts that were kept have none."""
+    kept = {i: d.kept for i, d in enumerate(drawn) if d.kept is not None and np.isnan(d.kept.line_log_probs).any()}
+    scores = text_log_probs(engine, [r.trajectory.ids for r in kept.values()])
+    filled = {
+        i: replace(r, line_log_probs=line_sums(r.trajectory, s)) for (i, r), s in zip(kept.items(), scores, strict=True)
+    }
+    return [replace(d, kept=filled.get(i, d.kept)) for i, d in enumerate(drawn)]
 
 
 def _whole(expert: Trajectory, drawn: Rollout, think_tokens: ThinkTokens) -> bool:

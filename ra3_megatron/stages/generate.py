@@ -31,8 +31,15 @@ from ra3_megatron.model.factory import build_model
 from ra3_megatron.parallel.collectives import raise_everywhere
 from ra3_megatron.parallel.groups import seed_everything
 from ra3_megatron.report.progress import Progress
-from ra3_megatron.rollout.generation import Drawn, DrawSettings, draw_rationales, round_seed
-from ra3_megatron.rollout.interleaved import RolloutSettings
+from ra3_megatron.rollout.generation import (
+    Drawn,
+    DrawSettings,
+    Propose,
+    draw_rationales,
+    propose_with_hindsight,
+    round_seed,
+)
+from ra3_megatron.rollout.interleaved import RolloutSettings, rollout
 from ra3_megatron.rollout.megatron import MegatronEngine
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.run_folder import StageFolder, new_attempt
@@ -107,6 +114,7 @@ class _Job:
             inputs.samples,
             inputs.resample,
         )
+        self.propose: Propose = propose_with_hindsight if latent.posterior == "hindsight" else rollout
         self.max_tokens = c.train.seq_length - (corpus.tokenizer.eos_id is not None)
         weights = read_done(inputs.weights)["parameters_sha256"]
         self.provenance = Provenance(
@@ -162,7 +170,8 @@ class _Job:
         experts = [store[i] for i in numbers]
         # One series of ids over both parts, so that no two snippets share random numbers.
         first = len(self.stores["train"]) if shard.part == "validation" else 0
-        drawn = draw_rationales(engine, experts, [first + i for i in numbers], self.settings, corpus.think_tokens)
+        ids = [first + i for i in numbers]
+        drawn = draw_rationales(engine, experts, ids, self.settings, corpus.think_tokens, self.propose)
         infused = [_infused(i, e, d) for i, e, d in zip(numbers, experts, drawn, strict=True)]
         counts = _counts(experts, drawn)
         counts["rollout_tokens"] = engine.counters.tokens - before[0]

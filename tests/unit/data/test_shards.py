@@ -1,15 +1,18 @@
 """Shards: the plan, and what is found again after a crash or damage."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ra3_megatron.config.data import CorpusConfig, DataConfig, FilterConfig, TokenizerConfig
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.data.infused import InfusedSnippet, Provenance, infused_table
 from ra3_megatron.data.latent import ThinkTokens
 from ra3_megatron.data.licenses import LICENSES_FILE, LicenseReader, license_line
+from ra3_megatron.data.prepare import prepare
 from ra3_megatron.data.shards import Shard, ShardContent, ShardFolder, plan_shards
 from ra3_megatron.data.store import TrajectoryStore, TrajectoryWriter, to_columns
 from ra3_megatron.data.tokenizers import Tokenizer
@@ -106,3 +109,24 @@ def test_licenses_are_read_along(tmp_path: Path) -> None:
     assert [reader.of(name) for name in ("a", "a", "c")] == [["mit"], ["mit"], ["bsd", "mit"]]
     with pytest.raises(UserError, match="no line for b"):
         reader.of("b")
+
+
+def test_preparation_leaves_the_licenses(tmp_path: Path, bpe: Tokenizer) -> None:
+    """The dataset could not say under which licence a snippet stands; dropped documents must leave no gap."""
+    rows = [{"content": f"def f{i}(x):\n    return x + {i}\n", "lic": ["MIT", f"own-{i}"]} for i in range(8)]
+    rows.insert(3, {"content": "print 'two'\n" * 9, "lic": ["MIT"]})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = CorpusConfig("datasets", str(tmp_path), ("a.jsonl",), license_field="lic")
+    config = DataConfig(source, TokenizerConfig("train_bpe"), FilterConfig(min_tokens=1), validation_fraction=0.3)
+    corpus = prepare(replace(config, workers=1), bpe, 128, tmp_path / "corpus")
+    assert len(corpus.validation), "both parts, or the order is not tested"
+    found = []
+    for store in (corpus.train, corpus.validation):
+        reader = LicenseReader(corpus.folder)
+        for t in store:
+            number = bpe.decode(t.ids).removeprefix("def f")[0]
+            assert reader.of(t.name) == ["mit", f"own-{number}"]
+            found.append(number)
+    assert sorted(found) == [str(i) for i in range(8)]
+    plain = replace(config, corpus=replace(source, license_field=None), workers=1)
+    assert not LicenseReader(prepare(plain, bpe, 128, tmp_path / "plain").folder).known

@@ -116,7 +116,7 @@ def test_resampling_from_end_to_end(material):
 
 def test_thoughts_that_break_the_program_are_drawn_again_then_left_out(material):
     """A broken program was trained on, or dropped, so that arms saw different code."""
-    engine, _, vocab, _, plain = material
+    engine, _, _, _, plain = material
     think_tokens = ThinkTokens(plain.tokenizer, Dollars())
     builder = TrajectoryBuilder(plain.tokenizer, think_tokens, plain.tokenizer.start_id("auto"))
     experts = [builder.build(text) for text in TEXTS]

@@ -73,7 +73,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.12",
     packages=find_packages(include=["ra3_megatron", "ra3_megatron.*"]),
-    package_data={"ra3_megatron": ["**/*.j2", "**/*.css", "py.typed"]},
+    package_data={"ra3_megatron": ["**/*.j2", "**/*.css", "**/*.js", "py.typed"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ra3=ra3_megatron.cli:main"]},

@@ -22,7 +22,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.model.optional import OptionalPackage, check_apex, transformer_engine
 from ra3_megatron.parallel.cpu_layer import CHECKED_VERSIONS, install
 from ra3_megatron.report.environment import cpu_name, device_names
-from ra3_megatron.report.run_report import format_bytes
+from ra3_megatron.report.figures import format_bytes
 
 GIB = 1 << 30
 MIN_MEMORY = 4 * GIB

@@ -189,9 +189,9 @@ def test_thinning_keeps_spikes_and_ends() -> None:
     points[4321] = (4321.0, 99.0)
     kept = thin(points, 500)
     assert len(kept) <= 500
-    assert (4321.0, 99.0) in kept
-    assert kept[-1] == points[-1]
-    assert kept == sorted(kept)
+    assert 4321 in kept
+    assert kept[-1] == len(points) - 1
+    assert kept == sorted(set(kept))
 
 
 def test_smoothing_has_no_bias_at_the_start() -> None:

@@ -142,9 +142,15 @@ def _check_ra3(config: RunConfig, data: int) -> None:
     room, length = config.train.seq_length, config.data.snippet_tokens
     if length is not None and length > room:
         raise UserError(f"data.snippet_tokens ({length}) exceeds train.seq_length ({room}); lower it")
+    _check_format(config)
     thinking = [arm for arm in config.run.arms if arm in THINKING_ARMS]
     if not thinking:
         return
+    if config.latent.engine == "vllm" and config.parallel.tensor * config.parallel.pipeline > 1:
+        raise UserError(
+            f"latent.engine is vllm, parallel.tensor {config.parallel.tensor} and parallel.pipeline "
+            f"{config.parallel.pipeline}; vLLM gets the weights whole; set both to 1, or latent.engine=megatron"
+        )
     if config.model.source is None and not config.base.tokens:
         raise UserError(
             f"run.arms has {thinking[0]}, but neither model.source nor base.tokens is set; thoughts come from a "
@@ -159,6 +165,20 @@ def _check_ra3(config: RunConfig, data: int) -> None:
         raise UserError(
             f"variational.snippets_per_step ({config.variational.snippets_per_step}) is not a multiple of the {data} "
             f"replicas; use {_round_up(config.variational.snippets_per_step, data)}"
+        )
+
+
+def _check_format(config: RunConfig) -> None:
+    """Settings that are about Python, for text that is not."""
+    comments = {"data.comments": config.data.comments}
+    if config.base.tokens:
+        comments["base.comments"] = config.base.comments
+    wrong = [name for name, value in comments.items() if value == "strip"]
+    if config.latent.format == "tag" and (wrong or config.data.filters.syntax):
+        found = [f"{name} is strip" for name in wrong] + ["data.filters.syntax is true"] * config.data.filters.syntax
+        raise UserError(
+            f"latent.format is tag and {', '.join(found)}; comments and syntax errors are found in Python only; set "
+            "comments to keep_as_action and data.filters.syntax=false, or latent.format=comment for Python"
         )
 
 

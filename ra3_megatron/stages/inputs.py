@@ -67,7 +67,8 @@ def prepare_base(context: Context, stage: StageFolder, prepared: StageFolder) ->
 def _make(context: Context, stage: StageFolder, data: DataConfig, tokenizer: Tokenizer) -> PreparedCorpus:
     context.say(f"corpus: {data.corpus.kind}, comments {data.comments}, {tokenizer.vocab_size} token ids; reading ...")
     limit = data.snippet_tokens or context.config.train.seq_length
-    return prepare(data, tokenizer, limit, stage.path / "data" / "corpus", _Told(context))
+    latent = context.config.latent.format
+    return prepare(data, tokenizer, limit, stage.path / "data" / "corpus", _Told(context), latent)
 
 
 def _opened(context: Context, stage: StageFolder, name: str, make: Any) -> PreparedCorpus:

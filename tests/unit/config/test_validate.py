@@ -43,6 +43,17 @@ def test_arithmetic_by_hand():
         ({"train": {"global_batch_size": 6}}, 4, ("global_batch_size", "micro_batch_size", "use 8")),
         ({"train": {"steps": 3, "tokens": 5}}, 1, ("train.steps", "train.tokens")),
         ({"train": {"steps": None}}, 1, ("train.steps", "none of them")),
+        ({"latent": {"format": "tag"}}, 1, ("data.comments is strip", "syntax is true", "keep_as_action")),
+        (
+            {
+                "run": {"arms": ["ra3"]},
+                "base": {"tokens": 10},
+                "parallel": {"tensor": 2},
+                "latent": {"engine": "vllm"},
+            },
+            2,
+            ("latent.engine", "parallel.tensor 2"),
+        ),
         ({"train": {"steps": 0}}, 1, ("train.steps", "positive")),
         ({"optimizer": {"min_lr": 1.0}}, 1, ("min_lr", "lr")),
         ({"optimizer": {"warmup_steps": 4}}, 1, ("warmup_steps", "train.steps")),

@@ -72,8 +72,14 @@ class Progress:
         tokens_per_second: float | None = None,
         validation_loss: float | None = None,
         snippets_per_second: float | None = None,
+        reward: float | None = None,
+        think_rate: float | None = None,
+        seconds: float | None = None,
     ) -> None:
-        """Show that `step` steps are done. Losses in nats per token, speeds over all processes; ETA is worked out."""
+        """Show that `step` steps are done. Losses in nats per token, speeds over all processes; ETA is worked out.
+
+        `reward`, `think_rate` (a fraction) and `seconds` (of the step) are those of an E-step.
+        """
         if not self._enabled:
             return
         self._marks.append((time.monotonic(), step))
@@ -82,6 +88,12 @@ class Progress:
             figures.append(f"loss {loss:.4f}")
         if validation_loss is not None:
             figures.append(f"validation loss {validation_loss:.4f}")
+        if reward is not None:
+            figures.append(f"reward {reward:.4f}")
+        if think_rate is not None:
+            figures.append(f"thinks {100 * think_rate:.1f} %")
+        if seconds is not None:
+            figures.append(f"{seconds:.1f} s")
         if tokens_per_second is not None:
             figures.append(f"{format_rate(tokens_per_second)} tokens/s")
         if snippets_per_second is not None:

@@ -39,6 +39,20 @@ class RewardSettings:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One rollout of a step's group, on its way to the update."""
+
+    slot: int
+    """Number of its snippet among those of the step: members of one slot are a group."""
+    expert: Trajectory = field(repr=False)
+    """The snippet without thoughts."""
+    drawn: Rollout = field(repr=False)
+    """As the policy drew it: what is trained on."""
+    rollout: Rollout = field(repr=False)
+    """The same after the text so far alone, which is scored and shown; `drawn` itself unless that had hindsight."""
+
+
+@dataclass(frozen=True)
 class ScoredRollout:
     """A rollout with the likelihood of the expert's lines under the model that rewards it."""
 
@@ -52,7 +66,9 @@ class ScoredRollout:
     bare_log_probs: np.ndarray = field(repr=False)
     """float64 [lines]: the same of the text without any thought."""
     log_joint: float
-    """log p(x, z) of the whole infused text, prompt left out, nats; NaN when it was not asked for."""
+    """log p(x, z) of the whole infused text, prompt left out, nats; NaN where it is not known."""
+    drawn: Rollout | None = field(default=None, repr=False)
+    """What is trained on, where that is another form of the rollout; none = the rollout itself."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +141,20 @@ class Experience:
         return float(self.rewards[index].sum() / self.table.lengths[index])
 
 
-def whole_programs(
-    rollouts: Sequence[tuple[int, Rollout]], experts: Sequence[Trajectory], think_tokens: ThinkTokens
-) -> tuple[list[tuple[int, Rollout]], int, int]:
-    """Leave out (slot, rollout) pairs whose thoughts change the program, and what is then alone in its slot.
+def whole_programs(members: Sequence[Member], think_tokens: ThinkTokens) -> tuple[list[Member], int, int]:
+    """Leave out members whose thoughts change the program, and who is then alone in the slot.
 
-    `experts` [rollouts] without thoughts. Returns (those left, number broken, number alone).
+    Returns (those left, number broken, number alone).
     """
     whole = [
-        (slot, r)
-        for (slot, r), expert in zip(rollouts, experts, strict=True)
-        if not r.thought.any() or keeps_program(expert, r.trajectory, think_tokens.tokenizer, think_tokens.format)
+        m
+        for m in members
+        if not m.rollout.thought.any()
+        or keeps_program(m.expert, m.rollout.trajectory, think_tokens.tokenizer, think_tokens.format)
     ]
-    counts = np.bincount([slot for slot, _ in whole], minlength=1)
-    kept = [(slot, r) for slot, r in whole if counts[slot] > 1]
-    return kept, len(rollouts) - len(whole), len(whole) - len(kept)
+    counts = np.bincount([m.slot for m in whole], minlength=1)
+    kept = [m for m in whole if counts[m.slot] > 1]
+    return kept, len(members) - len(whole), len(whole) - len(kept)
 
 
 def line_table(scored: Sequence[ScoredRollout]) -> LineTable:

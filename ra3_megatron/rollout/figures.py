@@ -1,7 +1,7 @@
 """What every batch of rollouts reports (section 7 of the algorithm's notes), joined over batches and replicas."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -207,3 +207,23 @@ def _bounds(experience: Experience, code: Tensor) -> tuple[float, float]:
             total += float(multi_sample_bound(table.log_joint[own], proposal[own]))
             tokens += float(code[own][0])
     return total, tokens
+
+
+def is_flat(rewards: Sequence[float], errors: Sequence[float], window: int, tolerance: float) -> bool:
+    """Whether a reward has stopped rising, from the history of all steps alone.
+
+    True when the mean of the last `window` steps is not above that of as many before by `tolerance` standard errors of
+    the difference. `errors`: standard error of each step's reward; where one is not known, the scatter of the steps
+    stands for them. Never with a window of 0, before two windows are full, or with a reward that is NaN among them.
+    """
+    if window == 0 or len(rewards) < 2 * window:
+        return False
+    means, variance = [], 0.0
+    for part in (slice(-2 * window, -window), slice(-window, None)):
+        values, own = list(rewards[part]), list(errors[part])
+        means.append(math.fsum(values) / window)
+        if all(math.isfinite(e) for e in own):
+            variance += math.fsum(e * e for e in own) / window**2
+        elif window > 1:
+            variance += math.fsum((v - means[-1]) ** 2 for v in values) / (window - 1) / window
+    return means[1] - means[0] <= tolerance * math.sqrt(variance)

@@ -11,7 +11,7 @@ from ra3_megatron.algo.elbo import PriorConfig
 from ra3_megatron.algo.returns import ReturnConfig
 from ra3_megatron.config.ra3 import VariationalConfig
 from ra3_megatron.data.trajectory import Kind, splice
-from ra3_megatron.rollout.experience import RewardSettings, ScoredRollout, make_experience, whole_programs
+from ra3_megatron.rollout.experience import Member, RewardSettings, ScoredRollout, make_experience, whole_programs
 from ra3_megatron.rollout.figures import batch_figures, clustered_mean
 from tests.unit.rollout.made import made_rollout, texts_and_tokens
 
@@ -198,6 +198,6 @@ def test_thoughts_that_change_the_program_are_dropped_with_what_is_left_alone() 
     # slot 0: all fine; slot 1: one of three broken; slot 2: one of two broken, the other is alone.
     pairs = [(0, fine[0]), (0, fine[1]), (1, fine[0]), (1, fine[2]), (1, broken(fine[3]))]
     pairs += [(2, fine[1]), (2, broken(fine[0]))]
-    kept, dropped, alone = whole_programs(pairs, [expert] * len(pairs), think_tokens)
-    assert [slot for slot, _ in kept] == [0, 0, 1, 1]
+    kept, dropped, alone = whole_programs([Member(slot, expert, r, r) for slot, r in pairs], think_tokens)
+    assert [m.slot for m in kept] == [0, 0, 1, 1]
     assert (dropped, alone) == (2, 1)

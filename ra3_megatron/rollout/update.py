@@ -34,7 +34,7 @@ def update_sequences(
 def update_batches(sequences: Sequence[TrainSequence], train: TrainConfig, parallel: Parallel) -> list[TrainBatch]:
     """Micro-batches of this replica's `update_sequences`: of `train.seq_length` and `micro_batch_size`, at least one.
 
-    Replicas may have different numbers of them. Raises UserError for a rollout longer than a window.
+    Raises UserError for a rollout longer than a window.
     """
     return pack_micro_batches(sequences, train, parallel, (ACTION,), EXTRAS)[0]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from ra3_megatron.checkpoint.capture import synchronise_parameters
 from ra3_megatron.config.ra3 import LatentConfig
 from ra3_megatron.data.latent import ThinkTokens
 from ra3_megatron.data.trajectory import Trajectory
-from ra3_megatron.parallel.collectives import broadcast_object
+from ra3_megatron.parallel.collectives import broadcast_object, raise_everywhere
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.engine import RolloutEngine
 from ra3_megatron.rollout.experience import Member
@@ -86,6 +87,13 @@ class RolloutSource:
         self._chunks, self._engine, self._parallel = list(chunks), engine, parallel
         self._sampling, self._group_size, self._ledger = sampling, group_size, ledger
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+
     def draw(
         self,
         em_round: int,
@@ -122,11 +130,12 @@ class RolloutSource:
         found: list[Rollout] | None = None
         cost = nothing
         ledger = self._ledger
-        if ledger is not None and all(k in ledger and ledger.weights_version(k) == version for k in keys):
-            shown = self._sampling.shown(experts, self._engine.max_tokens)
-            found = [ledger.read(key, shown[i]) for key, i in zip(keys, numbers, strict=True)]
-            cost = ledger.draw(em_round, version + 1) or nothing
         replica = self._parallel.group("mp")
+        with raise_everywhere(replica, "recorded rollouts"):
+            if ledger is not None and all(k in ledger and ledger.weights_version(k) == version for k in keys):
+                shown = self._sampling.shown(experts, self._engine.max_tokens)
+                found = [ledger.read(key, shown[i]) for key, i in zip(keys, numbers, strict=True)]
+                cost = ledger.draw(em_round, version + 1) or nothing
         return broadcast_object(replica, (found, cost), "recorded rollouts")
 
     def _drawn(
@@ -147,11 +156,17 @@ class RolloutSource:
         after = (counters.forward_passes, counters.tokens, counters.rolled_back)
         passes, tokens, rolled_back = (b - a for a, b in zip(before, after, strict=True))
         cost = Draw(em_round, version + 1, version, len(found), passes, tokens, rolled_back)
+        with raise_everywhere(self._parallel.group("mp"), "record of rollouts"):
+            self._record(keys, snippets, found, cost)
+        return found, cost
+
+    def _record(
+        self, keys: Sequence[RolloutKey], snippets: Sequence[Snippet], found: Sequence[Rollout], cost: Draw
+    ) -> None:
         if self._ledger is not None:
             numbers = [s.number for s in snippets for _ in range(self._group_size)]
             self._ledger.append([Entry(*entry) for entry in zip(keys, numbers, found, strict=True)])
             self._ledger.commit(cost)
-        return found, cost
 
 
 def snippets_of(steps: Sequence[int], own: slice, numbers: Callable[[int], np.ndarray]) -> Iterator[Snippet]:

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a bug or a crash (with traceback), 2 an error the user can
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -105,6 +106,39 @@ def midtrain(
     if stage is None and (arm is not None or round is not None):
         raise UserError("--arm and --round say which stage is meant; give --stage too")
     pipeline.run(run_config, accept_changes, pipeline.Only(stage, arm, round) if stage is not None else None)
+
+
+@app.command(no_args_is_help=True)
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file of the runs; run.arms and run.seed are replaced.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings that replace the file's.")
+    ] = None,
+    arms: Annotated[str, typer.Option(help="Arms to compare, such as ntp,self_comment,bolt,brite,ra3.")] = "ntp,ra3",
+    seeds: Annotated[str, typer.Option(help="Seeds, one run each, such as 1,2,3.")] = "1,2,3",
+    prices: Annotated[
+        str, typer.Option(help="Prices of a thought to run the E-step with, such as 0.01,0.05,0.2.")
+    ] = "",
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with runs whose configuration was changed on purpose.")
+    ] = False,
+) -> None:
+    """Train arms with several seeds and compare them on held-out code. Run it again to go on where it stopped."""
+    from ra3_megatron.config.run import load_config
+
+    chosen, numbers = _listed("--arms", arms, str), _listed("--seeds", seeds, int)
+    swept, run_config = _listed("--prices", prices, float), load_config(config, overrides or [])
+    from ra3_megatron.stages.compare import run_compare
+
+    run_compare(run_config, chosen, numbers, accept_changes, swept)
+
+
+def _listed[T](option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    """Values between commas. Raises UserError for what is none."""
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{option} {text}: give values with commas between them, such as 1,2,3") from None
 
 
 @convert.command("import", no_args_is_help=True)

@@ -43,11 +43,14 @@ MEASURED_FILE = "measured.json"
 BASE = "base"
 """The base model's name among the arms'."""
 
-METHOD = (
+WHAT = (
     "Cross-entropy on the code tokens of the same held-out snippets for every arm, nats per token; comment tokens are "
     "never counted. Bare: the text without thoughts. Own thoughts: the model thinks between the lines, from the text "
     "so far alone; the mean over samples is an upper bound of what the code costs the model that thinks, and the "
-    "multi-sample form a closer one. 95 % intervals: studentised bootstrap over documents. p-values: paired sign flips "
+    "multi-sample form a closer one."
+)
+METHOD = (
+    f"{WHAT} 95 % intervals: studentised bootstrap over documents. p-values: paired sign flips "
     "over documents, two-sided, not corrected for the number of comparisons. Both are over documents for one training "
     "run each: ra3 compare repeats the training with other seeds."
 )
@@ -241,6 +244,7 @@ def compare_arms(
         "paired": paired,
         "snippets": len(next(iter(scores.values()))),
         "documents": len({s.document or s.snippet for s in next(iter(scores.values()))}),
+        "what": WHAT,
         "method": METHOD,
     }
 

@@ -1,39 +1,48 @@
-"""The main job: the stages of an arm, in order, each skipped when it is done.
+"""The main job: the stages of a run, in the order of its graph, each skipped when it is done.
 
-`ntp`: import the base model (when there is one) → prepare the corpus → train → export to Hugging Face → report.
+base model → for every arm and round: E-step → generation → fine-tuning → export, held-out measurement, report.
 """
 
-import json
 import logging
-import shutil
 import warnings
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ra3_megatron.checkpoint.convert import export_hf, import_hf
-from ra3_megatron.config.architecture import Architecture
-from ra3_megatron.config.data import DataConfig
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.files import atomic_write_text
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import resolve_layout
-from ra3_megatron.data.filters import CorpusReport
-from ra3_megatron.data.prepare import PreparedCorpus, open_prepared, prepare, prepare_tokenizer
-from ra3_megatron.data.tokenizers import Tokenizer
+from ra3_megatron.data.prepare import PreparedCorpus, open_prepared
 from ra3_megatron.model.factory import choose_layers
 from ra3_megatron.parallel.groups import initialize
 from ra3_megatron.parallel.launch import launch_from_env
 from ra3_megatron.report.run_report import build_report
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.dry_run import declared_architecture
+from ra3_megatron.stages.generate import GenerateInputs, open_bootstrapped, run_generate
+from ra3_megatron.stages.graph import Node, find, graph
+from ra3_megatron.stages.inputs import export_model, import_model, prepare_base, prepare_corpus
+from ra3_megatron.stages.measure import ArmOutcome, MeasureInputs, run_measure
 from ra3_megatron.stages.run_folder import RunFolder, StageFolder
 from ra3_megatron.stages.sft import SftInputs, run_sft
+from ra3_megatron.stages.variational import VariationalInputs, run_variational
 
 
-def run(config: RunConfig, accept_changes: bool = False) -> Path:
-    """Run or go on with the run in `run.dir`; returns the path of its report.
+@dataclass(frozen=True)
+class Only:
+    """One stage to run alone, as a job of a chain does."""
+
+    stage: str
+    """Kind of stage, such as `generate`."""
+    arm: str | None = None
+    """Arm; none = the first that has such a stage."""
+    round: int | None = None
+    """EM round, from 1; none = the first."""
+
+
+def run(config: RunConfig, accept_changes: bool = False, only: Only | None = None) -> Path:
+    """Run or go on with the run in `run.dir`, whole or one stage of it; returns the path of its report.
 
     Everything that can be refused is refused before a process group or a file is made.
     """
@@ -45,6 +54,7 @@ def run(config: RunConfig, accept_changes: bool = False) -> Path:
             "file), or leave model.source out to start from random weights"
         )
     layout = resolve_layout(config, launch.world, architecture)
+    chosen = graph(config) if only is None else (find(config, only.stage, only.arm, only.round),)
     choose_layers(config.model)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # Megatron's advice to its callers about deprecated and experimental parts is nothing a user could follow.
@@ -58,109 +68,165 @@ def run(config: RunConfig, accept_changes: bool = False) -> Path:
             context.folder.claim(config, accept_changes)
 
         context.on_main("configuration", claim)
-        return _run_ntp(context)
+        job = _Job(context)
+        for node in chosen:
+            job.run(node)
+        report = context.on_main("report", lambda: build_report(context.folder.path))
+        job.say_results(report)
+        return report
 
 
-def _run_ntp(context: Context) -> Path:
-    folder, config = context.folder, context.config
-    names = ["import"] if config.model.source else []
-    names += ["prepare", "ntp", "export"]
-    stages = {name: folder.stage(number, name) for number, name in enumerate(names)}
-    if "import" in stages:
-        context.run_once(stages["import"], "import", lambda s: _import(context, s))
-    corpus, hf_folder = _prepared(context, stages["prepare"], stages.get("import"))
-    weights = stages["import"].path / "checkpoint" if "import" in stages else None
-    trained = run_sft(context, stages["ntp"], SftInputs(corpus, hf_folder, weights))
-    exported = None
-    if config.export.enabled:
-        exported = context.run_once(stages["export"], "export", lambda s: _export(context, s, trained))
-    report = context.on_main("report", lambda: build_report(folder.path))
-    _say_results(context, trained, exported, report)
-    return report
+def status(config: RunConfig) -> str:
+    """Where the run in `run.dir` stands: a line per stage."""
+    folder = RunFolder(Path(config.run.dir))
+    nodes = graph(config)
+    width = max(len(node.name) for node in nodes)
+    done = {node.name for number, node in enumerate(nodes) if folder.stage(number, node.name).done}
+    lines = [f"{config.run.dir}: {len(done)} of {len(nodes)} stages done"]
+    for number, node in enumerate(nodes):
+        missing = [need for need in node.needs if need not in done]
+        if node.name in done:
+            state = "done"
+        elif folder.stage(number, node.name).path.exists():
+            state = "begun"
+        else:
+            state = f"waits for {', '.join(missing)}" if missing else "next"
+        lines.append(f"  {number:02d}-{node.name:<{width}}  {state}")
+    return "\n".join(lines)
 
 
-def _import(context: Context, stage: StageFolder) -> dict[str, Any]:
-    source = context.config.model.source
-    assert source is not None
-    report = import_hf(source, stage.path / "checkpoint")
-    context.say(str(report))
-    return {"checkpoint": "checkpoint", "source": source, "parameters_sha256": report.parameters_sha256}
-
-
-def _prepared(context: Context, stage: StageFolder, imported: StageFolder | None) -> tuple[PreparedCorpus, Path]:
-    """The corpus, opened on every process, and the folder with config.json and tokenizer."""
-    config = context.config
-    data = _with_own_tokenizer(config.data, imported)
-
-    def make(stage: StageFolder) -> dict[str, Any]:
-        tokenizer = prepare_tokenizer(data, stage.path / "data" / "tokenizer")
-        tokenizer.check_fits(context.architecture.vocab_size)
-        context.say(f"corpus: {data.corpus.kind}, tokenizer of {tokenizer.vocab_size} entries; reading ...")
-        corpus = prepare(data, tokenizer, config.train.seq_length, stage.path / "data" / "corpus", _Told(context))
-        _write_hf_folder(stage.path / "hf", tokenizer, context.architecture, imported)
-        return {"fingerprint": corpus.fingerprint, "counts": corpus.report.to_json()}
-
-    result = context.run_once(stage, "prepare", make)
-    counts = result["counts"]
-    context.say(f"corpus: {counts['kept']:,} of {counts['read']:,} documents, {counts['tokens']:,} tokens")
-    return open_prepared(stage.path / "data" / "corpus"), stage.path / "hf"
-
-
-class _Told:
-    """Says every so many documents how far preparation is."""
+class _Job:
+    """Runs stages of the graph and knows where the outcome of each lies."""
 
     def __init__(self, context: Context) -> None:
-        self._context, self._next = context, 0
+        self.context, self.config = context, context.config
+        self.nodes = {node.name: node for node in graph(context.config)}
+        self.folders = {name: context.folder.stage(n, name) for n, name in enumerate(self.nodes)}
+        self._opened: dict[Path, PreparedCorpus] = {}
 
-    def __call__(self, report: CorpusReport) -> None:
-        if report.read >= self._next:
-            self._next = report.read + max(500, report.read // 2)
-            self._context.say(f"  {report.read:,} documents read, {report.tokens:,} tokens")
+    def run(self, node: Node) -> None:
+        """One stage, when it is not done. Raises UserError when what it needs is not there yet."""
+        missing = [need for need in node.needs if not self.folders[need].done]
+        missing = self.context.on_main("what is done", lambda: missing)
+        if missing:
+            raise UserError(
+                f"stage {node.name} needs {', '.join(missing)}, not done in {self.config.run.dir}; run that first, "
+                "or leave --stage out to run everything in order"
+            )
+        getattr(self, "_" + node.kind.replace("-", "_"))(node, self.folders[node.name])
 
+    # ---------------------------------------------------------------- what stages leave
 
-def _with_own_tokenizer(data: DataConfig, imported: StageFolder | None) -> DataConfig:
-    """`kind: hf` without a path means the base model's own tokenizer, which the import put into its `hf` folder."""
-    if data.tokenizer.kind != "hf" or data.tokenizer.path is not None:
-        return data
-    if imported is None:
-        raise UserError(
-            "data.tokenizer.kind is hf without a path and there is no model.source whose tokenizer could be used; "
-            "set data.tokenizer.path, or kind train_bpe"
+    def _result(self, name: str) -> dict[str, Any]:
+        return self.context.on_main(f"result of {name}", self.folders[name].result)
+
+    def _checkpoint(self, name: str) -> Path:
+        """Checkpoint that a stage left: weights for another."""
+        if name == "import":
+            return self.folders[name].path / "checkpoint"
+        return self.context.folder.path / self._result(name)["checkpoint"]
+
+    def _start(self) -> Path | None:
+        """Weights that every arm begins with; none = random ones."""
+        name = next((name for name in ("base", "import") if name in self.nodes), None)
+        return self._checkpoint(name) if name else None
+
+    def _weights(self, arm: str, round: int) -> Path:
+        """Weights that a thinking arm begins a round with."""
+        weights = self._start() if round == 1 else self._checkpoint(f"{arm}-sft-{round - 1}")
+        assert weights is not None, "validation lets no arm think without a base model"
+        return weights
+
+    def _policy(self, node: Node) -> Path:
+        """Weights of q in the round of `node`: after the E-step, or those the round began with."""
+        name = f"{node.arm}-variational-{node.round}"
+        return self._checkpoint(name) if name in self.nodes else self._weights(node.arm, node.round)
+
+    def _corpus(self, stage: str = "prepare") -> PreparedCorpus:
+        path = self.folders[stage].path / "data" / "corpus"
+        if path not in self._opened:
+            self._opened[path] = open_prepared(path)
+        return self._opened[path]
+
+    @property
+    def _hf_folder(self) -> Path:
+        return self.folders["prepare"].path / "hf"
+
+    # ---------------------------------------------------------------- stages, by kind
+
+    def _import(self, node: Node, stage: StageFolder) -> None:
+        self.context.run_once(stage, "import", lambda s: import_model(self.context, s))
+
+    def _prepare(self, node: Node, stage: StageFolder) -> None:
+        prepare_corpus(self.context, stage, self.folders.get("import"))
+
+    def _prepare_base(self, node: Node, stage: StageFolder) -> None:
+        prepare_base(self.context, stage, self.folders["prepare"])
+
+    def _base(self, node: Node, stage: StageFolder) -> None:
+        train = replace(self.config.train, tokens=self.config.base.tokens, steps=None, epochs=None)
+        context = replace(self.context, config=replace(self.config, train=train))
+        corpus = self._corpus("prepare-base")
+        run_sft(context, stage, SftInputs(corpus, self._hf_folder, None, corpus))
+
+    def _ntp(self, node: Node, stage: StageFolder) -> None:
+        run_sft(self.context, stage, SftInputs(self._corpus(), self._hf_folder, self._start(), self._corpus()))
+
+    def _variational(self, node: Node, stage: StageFolder) -> None:
+        weights = self._weights(node.arm, node.round)
+        whole = node.arm == "brite"
+        inputs = VariationalInputs(self._corpus(), self._hf_folder, weights, node.round, whole_block=whole)
+        run_variational(self.context, stage, inputs)
+
+    def _generate(self, node: Node, stage: StageFolder) -> None:
+        bolt = node.arm == "bolt"
+        samples = self.config.generate.bolt_samples if bolt else 1
+        inputs = GenerateInputs(self._corpus(), self._policy(node), node.round, samples=samples, resample=bolt)
+        run_generate(self.context, stage, inputs)
+
+    def _sft(self, node: Node, stage: StageFolder) -> None:
+        infused = open_bootstrapped(self.folders[f"{node.arm}-generate-{node.round}"].path)
+        weights = self._weights(node.arm, node.round) if self.config.train.init == "base" else self._policy(node)
+        run_sft(self.context, stage, SftInputs(infused, self._hf_folder, weights, self._corpus()))
+
+    def _export(self, node: Node, stage: StageFolder) -> None:
+        checkpoint = self._checkpoint(node.needs[-1])
+        self.context.run_once(stage, "export", lambda s: export_model(self.context, s, checkpoint))
+
+    def _measure(self, node: Node, stage: StageFolder) -> None:
+        arms = {arm: self._outcome(arm) for arm in self.config.run.arms}
+        run_measure(self.context, stage, MeasureInputs(self._corpus(), arms, self._start()))
+
+    def _outcome(self, arm: str) -> ArmOutcome:
+        """Final weights of an arm and what they cost: all its stages together."""
+        stages = [node.name for node in self.nodes.values() if node.arm == arm]
+        results = [self._result(name) for name in stages]
+        return ArmOutcome(
+            weights=self._checkpoint(stages[-1]),
+            flops=sum(r.get("flops", 0.0) for r in results),
+            raw_tokens=sum(r.get("code_tokens", 0) for r in results),
+            seconds=sum(r.get("seconds", 0.0) for r in results),
+            thinks=arm != "ntp",
         )
-    return replace(data, tokenizer=replace(data.tokenizer, path=str(imported.path / "checkpoint" / "hf")))
 
+    # ---------------------------------------------------------------- the end
 
-def _write_hf_folder(
-    folder: Path, tokenizer: Tokenizer, architecture: Architecture, imported: StageFolder | None
-) -> None:
-    """config.json, generation_config.json and tokenizer of the model in training, as Hugging Face wants them."""
-    tokenizer.save(folder)
-    source = imported.path / "checkpoint" / "hf" if imported is not None else None
-    for name in ("config.json", "generation_config.json"):
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    if source is None:
-        atomic_write_text(folder / "config.json", json.dumps({**architecture.to_hf(), **ids}, indent=1))
-        atomic_write_text(folder / "generation_config.json", json.dumps(ids, indent=1))
-
-
-def _export(context: Context, stage: StageFolder, trained: dict[str, Any]) -> dict[str, Any]:
-    e = context.config.export
-    checkpoint = context.folder.path / trained["checkpoint"]
-    report = export_hf(checkpoint, stage.path / "hf", dtype=e.dtype, max_shard_gb=e.max_shard_gb)
-    context.say(str(report))
-    return {"hf": "hf", "dtype": e.dtype, "checkpoint": trained["checkpoint"]}
-
-
-def _say_results(context: Context, trained: dict[str, Any], exported: dict[str, Any] | None, report: Path) -> None:
-    path = context.folder.path
-    lines = ["", f"done: {trained['step']} steps, {trained['tokens']:,} tokens"]
-    if "validation_loss" in trained:
-        before, after = trained["validation_loss_before"], trained["validation_loss"]
-        lines.append(f"  validation loss  {before:.4f} -> {after:.4f} nats per token")
-    lines.append(f"  checkpoint       {path / trained['checkpoint']}")
-    if exported is not None:
-        lines.append(f"  Hugging Face     {next(path.glob('*-export')) / exported['hf']}")
-    lines.append(f"  report           {report}")
-    context.say("\n".join(lines))
+    def say_results(self, report: Path) -> None:
+        """Tell where everything is, one line each."""
+        path, lines = self.context.folder.path, ["", "done:"]
+        for name, stage in self.folders.items():
+            if not stage.done or self.nodes[name].kind not in ("base", "ntp", "sft", "variational"):
+                continue
+            result = self._result(name)
+            text = f"  {name:<18} {result['step']} steps"
+            if "validation_loss" in result:
+                before, after = result["validation_loss_before"], result["validation_loss"]
+                text += f", validation loss {before:.4f} -> {after:.4f} nats per token"
+            if "probe_reward_after" in result:
+                before, after = result["probe_reward_before"], result["probe_reward_after"]
+                text += f", reward {before:.4f} -> {after:.4f} (rise +- {result['probe_rise_error']:.4f})"
+            lines += [text, f"  {'':<18} {path / result['checkpoint']}"]
+        if (export := self.folders.get("export")) is not None and export.done:
+            lines.append(f"  Hugging Face       {export.path / 'hf'}")
+        lines.append(f"  report             {report}")
+        self.context.say("\n".join(lines))

@@ -31,6 +31,8 @@ from ra3_megatron.model.factory import build_model
 from ra3_megatron.parallel.collectives import raise_everywhere
 from ra3_megatron.parallel.groups import seed_everything
 from ra3_megatron.report.progress import Progress
+from ra3_megatron.rollout.engine import RolloutEngine
+from ra3_megatron.rollout.factory import build_rollout_engine
 from ra3_megatron.rollout.generation import (
     Drawn,
     DrawSettings,
@@ -40,14 +42,13 @@ from ra3_megatron.rollout.generation import (
     round_seed,
 )
 from ra3_megatron.rollout.interleaved import RolloutSettings, rollout
-from ra3_megatron.rollout.megatron import MegatronEngine
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.run_folder import StageFolder, new_attempt
 
 SAY_EVERY_S = 10.0
 """Seconds between lines of progress, at least."""
 
-_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward")
+_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward", "vllm_memory")
 """Settings of `latent` that may change between resumes: finished shards stay."""
 
 
@@ -155,15 +156,14 @@ class _Job:
                     self.shards.write(shard, content)
                 told.shard(shard, content.counts)
 
-    def _engine(self) -> MegatronEngine:
+    def _engine(self) -> RolloutEngine:
         c, parallel, architecture = self.context.config, self.context.parallel, self.context.architecture
         seed_everything(c.run.seed, parallel)
         chunks = build_model(architecture, c.model, parallel)
         load_weights(self.inputs.weights, chunks, architecture, parallel)
-        rows, forward = c.latent.max_batch, c.latent.tokens_per_forward
-        return MegatronEngine(chunks, architecture, parallel, rows, self.max_tokens, forward)
+        return build_rollout_engine(c, chunks, architecture, parallel, self.max_tokens)
 
-    def _make(self, engine: MegatronEngine, shard: Shard) -> ShardContent:
+    def _make(self, engine: RolloutEngine, shard: Shard) -> ShardContent:
         start, before = time.monotonic(), (engine.counters.tokens, engine.counters.forward_passes)
         store, corpus = self.stores[shard.part], self.inputs.corpus
         numbers = range(shard.start, shard.end)

@@ -32,8 +32,9 @@ from ra3_megatron.evaluation.held_out import (
 from ra3_megatron.model.factory import build_model
 from ra3_megatron.parallel.collectives import gather_objects
 from ra3_megatron.parallel.groups import seed_everything
+from ra3_megatron.rollout.engine import RolloutEngine
+from ra3_megatron.rollout.factory import build_rollout_engine
 from ra3_megatron.rollout.interleaved import Rollout, RolloutSettings, SeededUniforms
-from ra3_megatron.rollout.megatron import MegatronEngine
 from ra3_megatron.rollout.rationales import rationale_record, write_rationales
 from ra3_megatron.rollout.scoring import LineScorer
 from ra3_megatron.stages.context import Context
@@ -61,7 +62,7 @@ _VERSION = 1
 _SELECTION = 20250925
 """Seed of the choice of snippets: the same in every run on a corpus, whatever `run.seed`."""
 
-_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward")
+_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward", "vllm_memory")
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,12 @@ class _Job:
         seed_everything(self.context.config.run.seed, self.context.parallel)
         return build_model(self.context.architecture, self.context.config.model, self.context.parallel)
 
+    @cached_property
+    def engine(self) -> RolloutEngine:
+        """Samples from `chunks`; told of every new checkpoint."""
+        c = self.context
+        return build_rollout_engine(c.config, self.chunks, c.architecture, c.parallel, self.max_tokens)
+
     def measure(self, name: str, weights: Path) -> None:
         """Score the snippets under one checkpoint, unless that was done."""
         context, parallel = self.context, self.context.parallel
@@ -161,11 +168,10 @@ class _Job:
         parallel.mark(f"measuring {name}")
         load_weights(weights, self.chunks, context.architecture, parallel)
         c = context.config
-        rows, forward = c.latent.max_batch, c.latent.tokens_per_forward
-        engine = MegatronEngine(self.chunks, context.architecture, parallel, rows, self.max_tokens, forward)
+        self.engine.weights_version += 1
         scores, drawn = score_snippets(
             LineScorer(self.chunks, context.architecture, parallel, c),
-            engine,
+            self.engine,
             [self.corpus.validation[i] for i in self.mine],
             self.mine,
             c.measure.samples,

@@ -32,7 +32,7 @@ from ra3_megatron.stages.run_folder import RunFolder, StageFolder
 SEEDLESS = ("import", "prepare", "prepare-base")
 """Kinds of stages that do not depend on `run.seed`."""
 
-_SWEPT = ("think_rate", "reward", "thought_tokens", "duration")
+_SWEPT = ("think_rate", "reward", "thought_tokens", "duration", "gain")
 """Metrics of the E-step that a sweep of prices records."""
 
 
@@ -188,9 +188,8 @@ def _swept(config: RunConfig, price: float) -> dict[str, Any]:
     stage = _stage(config, find(config, "variational", "ra3", 1).name)
     records = read_metrics(stage.path / METRICS_FILE)
     entry: dict[str, Any] = {"price": price, "steps": stage.result()["step"]}
+    steps = [r for r in records if "reward" in r][-(config.variational.flat_window or 1) :]
     for name in _SWEPT:
-        values = [
-            r[name] for r in records[-(config.variational.flat_window or 1) :] if not math.isnan(r.get(name, math.nan))
-        ]
+        values = [r[name] for r in steps if not math.isnan(r.get(name, math.nan))]
         entry[name] = sum(values) / len(values) if values else None
     return entry

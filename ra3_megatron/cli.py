@@ -90,11 +90,11 @@ def midtrain(
 
     run_config = load_config(config, overrides or [])
     if dry_run:
-        from ra3_megatron.stages import dry_run as stage
+        from ra3_megatron.stages.dry_run import dry_run as print_dry_run
 
         # Under a launcher every process comes here; one answer is enough.
         if process_rank() == 0:
-            stage.dry_run(run_config, world_size)
+            print_dry_run(run_config, world_size)
         return
     if world_size is not None:
         raise UserError(f"--world-size {world_size} was given without --dry-run; start the processes with torchrun")

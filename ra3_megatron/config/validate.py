@@ -156,6 +156,10 @@ def _check_ra3(config: RunConfig, data: int) -> None:
             f"run.arms has {thinking[0]}, but neither model.source nor base.tokens is set; thoughts come from a "
             "language model: bring one, or have one trained first"
         )
+    if config.data.validation_fraction == 0:
+        raise UserError(
+            f"run.arms has {thinking[0]} and data.validation_fraction is 0; arms are measured on held-out code: raise it"
+        )
     if config.parallel.context > 1:
         raise UserError(
             f"run.arms has {thinking[0]} and parallel.context is {config.parallel.context}; the rollout engine's cache "

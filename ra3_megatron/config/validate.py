@@ -158,7 +158,7 @@ def _check_ra3(config: RunConfig, data: int) -> None:
         )
     if config.data.validation_fraction == 0:
         raise UserError(
-            f"run.arms has {thinking[0]} and data.validation_fraction is 0; arms are measured on held-out code: raise it"
+            f"run.arms has {thinking[0]} and data.validation_fraction is 0; arms are measured on it: raise it"
         )
     if config.parallel.context > 1:
         raise UserError(

@@ -59,7 +59,7 @@ def run_sft(context: Context, stage: StageFolder, inputs: SftInputs) -> dict[str
 
     def finish() -> dict[str, Any]:
         records = read_metrics(stage.path / METRICS_FILE)
-        losses = {}
+        losses: dict[str, float] = {}
         for name in ("validation_loss", "validation_code_loss", "bare_code_loss"):
             if measured := [r[name] for r in records if name in r]:
                 losses |= {f"{name}_before": measured[0], name: measured[-1]}

@@ -18,6 +18,7 @@ import torch
 from ra3_megatron.checkpoint.state import TrainState
 from ra3_megatron.checkpoint.store import CheckpointStore, SaveEvent
 from ra3_megatron.config.estimate import flops
+from ra3_megatron.data.batch import TrainBatch, collate
 from ra3_megatron.data.prepare import PreparedCorpus
 from ra3_megatron.data.sampler import SamplerState
 from ra3_megatron.parallel.collectives import all_reduce_max, all_reduce_sum
@@ -27,12 +28,13 @@ from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
 from ra3_megatron.rollout.experience import Experience, Member, make_experience, whole_programs
 from ra3_megatron.rollout.figures import BatchFigures, batch_figures, is_flat
 from ra3_megatron.rollout.ledger import Draw
-from ra3_megatron.rollout.microbatches import update_batches
 from ra3_megatron.rollout.source import Snippet, snippets_of
+from ra3_megatron.rollout.update import EXTRAS, update_batches, update_sequences
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.policy import Policy
 from ra3_megatron.stages.probe import Probe
 from ra3_megatron.stages.run_folder import StageFolder, new_attempt
+from ra3_megatron.training.actions import ACTION
 from ra3_megatron.training.engine import StepResult
 from ra3_megatron.training.optimizer import apply_settings
 
@@ -230,18 +232,18 @@ class EStep:
         kept, broken, alone = whole_programs(members, self.policy.think_tokens)
         return make_experience(self.policy.score(kept), self.policy.rewards, broken, alone)
 
-    def batches(self, experience: Experience) -> tuple[list[Any], int]:
+    def batches(self, experience: Experience) -> tuple[list[TrainBatch], int]:
         """Micro-batches of an update, equally many on every replica, and their tokens without padding."""
-        t, sizes = self.config.train, self.parallel.sizes
-        agree = partial(all_reduce_max, self.parallel.group("dp"), name="micro-batches of the update")
-        return update_batches(
-            experience,
-            self.policy.think_tokens,
-            (t.seq_length, self.context.layout.sequence_multiple),
-            t.micro_batch_size,
-            sizes.pipeline if sizes.virtual_pipeline else 1,
-            lambda count: agree(value=count),
-        )
+        t, multiple = self.config.train, self.context.layout.sequence_multiple
+        drawn = [s.drawn or s.rollout for s in experience.scored]
+        advantages = [experience.advantages_of(i) for i in range(len(drawn))]
+        sequences = update_sequences(drawn, advantages, self.policy.think_tokens)
+        sequences = [s for s in sequences if s.weights[ACTION].any()]
+        batches = update_batches(sequences, t, self.parallel)
+        # Gradients are reduced after the last micro-batch: replicas that count differently would wait for one another.
+        count = all_reduce_max(self.parallel.group("dp"), len(batches), "micro-batches of the update")
+        empty = collate([[]] * t.micro_batch_size, t.seq_length, 0, multiple, (ACTION,), EXTRAS)
+        return batches + [empty] * (count - len(batches)), sum(len(s.ids) for s in sequences)
 
     def _count(self, result: StepResult, work: torch.Tensor, figures: BatchFigures) -> None:
         state, done = self.state, self.state.step + 1

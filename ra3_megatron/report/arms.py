@@ -21,7 +21,8 @@ _CE = "nats per token"
 
 FORMS = {"bare": "no thoughts", "thinking": "own thoughts", "multi_sample": "own thoughts, multi-sample"}
 """How the loss on code tokens is measured, and how the page calls it."""
-_PAIRS = {**FORMS, "thinking_against_bare": "own thoughts − no thoughts"}
+PAIRS = {**FORMS, "thinking_against_bare": "own thoughts − no thoughts"}
+"""Differences between two arms: both measured alike, or one with thoughts and the other without."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _paired(paired: dict[str, dict[str, Any]]) -> ArmsTable | None:
             low, high, other = entry.get("low"), entry.get("high"), str(entry["against"])
             difference = interval(entry["difference"], low, high, "+.4f")
             what = verdict(low, high, other)
-            cells.append((f"{arm} − {other}", _PAIRS.get(form, form), difference, p_text(entry.get("p_value")), what))
+            cells.append((f"{arm} − {other}", PAIRS.get(form, form), difference, p_text(entry.get("p_value")), what))
     return ArmsTable(("arms", "code tokens", "difference", "p", "what it shows"), cells) if cells else None
 
 

@@ -151,7 +151,7 @@ def line_chart(
         if from_zero:
             axes.set_ylim(0, 1.08 * highest if highest else 1)
         if sum(line.style != "faint" for line in lines) > 1:
-            axes.legend(loc="best", fontsize=9)
+            _legend(axes, inside=size[0] > HALF[0])
     return svg.text
 
 
@@ -176,7 +176,7 @@ def stacked_chart(
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
         _tick_x(axes, layers)
-        axes.legend(loc="best", fontsize=9)
+        _legend(axes, inside=False)
     return svg.text
 
 
@@ -250,6 +250,17 @@ def _draw(axes: Axes, line: Line, colour: str, limit: int) -> None:
         # A faint line is explained by the one drawn over it.
         label=None if faint else line.label,
     )
+
+
+def _legend(axes: Axes, inside: bool) -> None:
+    """Names of the lines: in a large chart where there is room, else below it."""
+    if inside:
+        axes.legend(loc="best", fontsize=9)
+        return
+    handles, labels = axes.get_legend_handles_labels()
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, handlelength=1.2, columnspacing=1.0)
 
 
 def _tick_x(axes: Axes, lines: Sequence[Line]) -> None:

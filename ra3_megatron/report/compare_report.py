@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.report.arms import ArmsTable, p_text, read_object, verdict
+from ra3_megatron.report.arms import FORMS, PAIRS, ArmsTable, p_text, read_object, verdict
 from ra3_megatron.report.charts import HALF, WIDE, Interval, Line, interval_chart, line_chart
 from ra3_megatron.report.figures import interval, number, scaled
 from ra3_megatron.report.page import write_page
@@ -19,15 +19,22 @@ COMPARE_FILE = "compare.json"
 COMPARE_PAGE = "compare.html"
 
 _NAMES = {
-    "bare": "code, no thoughts",
-    "thinking": "code, own thoughts",
+    **PAIRS,
     "flops": "compute",
     "raw_tokens": "raw code tokens",
     "think_rate": "think rate",
+    "thought_tokens": "tokens of a thought",
+    "duration": "τ, lines",
+    "discount_of_duration": "γ\N{COMBINING MACRON}",
+    "gain": "gain, nats/token",
     "seconds": "time",
 }
-_LOSSES = ("bare", "thinking")
-"""Metrics in nats per token, of which less is better."""
+_DRAWN = ("bare", "thinking")
+"""Losses in the chart."""
+_COSTS = (*FORMS, "raw_tokens", "flops", "seconds")
+"""What the first table shows; a second one has the rest."""
+_TOTALS = ("raw_tokens", "flops", "seconds")
+"""Figures that come without an interval: they are set, not found."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,10 @@ class ComparisonView:
     """Arms compared."""
     seeds: list[str]
     """Seeds of the runs."""
-    summary: ArmsTable
-    """Mean over seeds and its interval, an arm a row, a metric a column."""
+    over: str
+    """What the intervals are over: seeds, or documents where there is one seed."""
+    summary: list[ArmsTable]
+    """Means and their intervals, an arm a row, a metric a column: losses and costs, then how the arms think."""
     paired: ArmsTable | None
     """Differences between arms on the same seeds and snippets."""
     rows: ArmsTable
@@ -59,7 +68,8 @@ def comparison_view(path: Path) -> ComparisonView:
     return ComparisonView(
         arms=[str(arm) for arm in content["arms"]],
         seeds=[str(seed) for seed in content["seeds"]],
-        summary=_summary(content["arms"], content["summary"]),
+        over=str(content.get("interval_over", "seeds")),
+        summary=[table for kind in (True, False) if (table := _summary(content["arms"], content["summary"], kind))],
         paired=_paired(content.get("paired") or []),
         rows=_rows(content["rows"]),
         notes=[str(content["method"])] if content.get("method") else [],
@@ -75,8 +85,9 @@ def build_compare_report(path: Path | str) -> Path:
     )
 
 
-def _summary(arms: Sequence[str], entries: Sequence[dict[str, Any]]) -> ArmsTable:
-    metrics = list(dict.fromkeys(entry["metric"] for entry in entries))
+def _summary(arms: Sequence[str], entries: Sequence[dict[str, Any]], costs: bool) -> ArmsTable | None:
+    """The table of losses and costs, or that of the other figures; None without any."""
+    metrics = [m for m in dict.fromkeys(entry["metric"] for entry in entries) if (m in _COSTS) == costs]
     cells = {(entry["arm"], entry["metric"]): entry for entry in entries}
     counts = {arm: max((e.get("n") or 0 for e in entries if e["arm"] == arm), default=0) for arm in arms}
     rows = [
@@ -84,19 +95,19 @@ def _summary(arms: Sequence[str], entries: Sequence[dict[str, Any]]) -> ArmsTabl
         for arm in arms
         if any((arm, metric) in cells for metric in metrics)
     ]
-    return ArmsTable(("arm", *(_name(metric) for metric in metrics), "seeds"), rows)
+    return ArmsTable(("arm", *(_name(metric) for metric in metrics), "seeds"), rows) if rows else None
 
 
 def _mean(metric: str, entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "–"
-    if metric in ("flops", "raw_tokens", "seconds"):
+    if metric in _TOTALS:
         return _value(metric, entry["mean"])
     return interval(entry["mean"], entry.get("low"), entry.get("high"), ".3f" if metric == "think_rate" else ".4f")
 
 
 def _paired(entries: Sequence[dict[str, Any]]) -> ArmsTable | None:
-    """Differences with what their intervals say: words only for losses, where less is better."""
+    """Differences in loss with what their intervals say."""
     if not entries:
         return None
     rows: list[tuple[str, ...]] = []
@@ -141,20 +152,20 @@ def _intervals(entries: Sequence[dict[str, Any]]) -> list[str]:
     """Means over seeds of the losses, with their intervals."""
     rows = [
         Interval(
-            entry["arm"] if metric == "bare" else f"{entry['arm']}, own thoughts",
+            entry["arm"] if metric == "bare" else f"{entry['arm']}, {FORMS[metric]}",
             entry["mean"],
             math.nan if entry.get("low") is None else entry["low"],
             math.nan if entry.get("high") is None else entry["high"],
             colour,
         )
         for arm in dict.fromkeys(entry["arm"] for entry in entries)
-        for colour, metric in enumerate(_LOSSES)
+        for colour, metric in enumerate(_DRAWN)
         for entry in entries
         if (entry["arm"], entry["metric"]) == (arm, metric) and entry["mean"] is not None
     ]
     if not rows:
         return []
-    return [interval_chart(rows, "Cross-entropy on held-out code, over seeds", "nats per token", WIDE[0], "compare")]
+    return [interval_chart(rows, "Cross-entropy on held-out code tokens", "nats per token", WIDE[0], "compare")]
 
 
 def _sweep(entries: Sequence[dict[str, Any]]) -> list[str]:

@@ -16,6 +16,8 @@ _LAYERS = (("rollout_seconds", "rollouts"), ("score_seconds", "scoring"), ("upda
 
 # Title, and metric and label of each line; all lines of a chart have the first one's unit.
 _CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
+    ("Reward over bare", (("reward_over_bare", "over bare"),), False),
+    ("Rise of the probe's reward", (("probe_rise", "rise"),), False),
     ("Think rate", (("think_rate", "think rate"),), True),
     ("Length of a thought", (("thought_tokens", "thought"),), True),
     ("Duration τ of a latent", (("duration", "duration"),), True),
@@ -37,8 +39,13 @@ _CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
     ("Gradient norm", (("grad_norm", "gradient norm"),), False),
     ("Learning rate", (("lr", "learning rate"),), False),
 )
-_ERRORS = {"reward": "reward_error", "gain": "gain_error"}
-_UNITLESS = {"1", ""}
+_ERRORS = {
+    "reward": "reward_error",
+    "reward_over_bare": "reward_over_bare_error",
+    "probe_rise": "probe_rise_error",
+    "gain": "gain_error",
+}
+_AS_REWARD = ("reward_over_bare", "probe_rise")
 
 
 def variational_figures(records: Sequence[dict[str, Any]], result: dict[str, Any]) -> list[Row]:
@@ -95,7 +102,7 @@ def variational_charts(records: Sequence[dict[str, Any]], stage: str, reward_uni
         ]
         # A lag that is 0 throughout says that nothing was stale, and needs no chart.
         if lines and not (parts[0][0] == "lag" and not any(y for _, y in lines[0].points)):
-            charts.append(line_chart(lines, title, _unit(parts[0][0]), SMALL, stage, from_zero))
+            charts.append(line_chart(lines, title, _unit(parts[0][0], reward_unit), SMALL, stage, from_zero))
     charts += _speed(records, stage)
     return [Markup(chart) for chart in charts]
 
@@ -115,9 +122,11 @@ def _speed(records: Sequence[dict[str, Any]], stage: str) -> list[str]:
             rates.append((step, (total - so_far) / seconds[step]))
         so_far = total
     if rates:
-        charts.append(line_chart([Line("speed", rates)], "Rollouts, each replica", "tokens/s", SMALL, stage, True))
+        charts.append(
+            line_chart([Line("speed", rates)], "Rollouts, speed of a replica", "tokens/s", SMALL, stage, True)
+        )
     if points := finite_series(records, "rollout_tokens"):
-        charts.append(line_chart([Line("t", points)], "Rollouts so far, each replica", "tokens", SMALL, stage, True))
+        charts.append(line_chart([Line("t", points)], "Rollouts so far, a replica", "tokens", SMALL, stage, True))
     return charts
 
 
@@ -130,6 +139,6 @@ def _errors(records: Sequence[dict[str, Any]], name: str) -> list[float] | None:
     return [e if math.isfinite(e) else 0.0 for e in found] if any(math.isfinite(e) for e in found) else None
 
 
-def _unit(name: str) -> str:
-    unit = METRICS[name].unit
-    return "" if unit in _UNITLESS else unit
+def _unit(name: str, reward_unit: str) -> str:
+    unit = reward_unit if name in _AS_REWARD else METRICS[name].unit
+    return "" if unit == "1" else unit

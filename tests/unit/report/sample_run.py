@@ -57,6 +57,8 @@ def write_estep(stage: Path, steps: int, snippets: int) -> None:
             reward = -0.92 + 0.11 * done + luck.gauss(0, 0.008)
             log.log(
                 step, reward=reward, reward_error=0.012, think_rate=0.62 - 0.27 * done, thought_tokens=9.5 - 3.8 * done,
+                reward_over_bare=-0.1 + 0.14 * done, reward_over_bare_error=0.01,
+                probe_rise=0.1 * done, probe_rise_error=0.02 * done,
                 duration=1.6 + 1.3 * done, discount_of_duration=0.83 - 0.09 * done, gain=-0.06 + 0.19 * done,
                 gain_error=0.02, elbo=reward - 0.03, elbo_multi_sample=reward + 0.04,
                 decision_perplexity=1.9 - 0.3 * done, line_nats=9.1 - done, calibration_error=0.3 - 0.2 * done,
@@ -146,31 +148,45 @@ def measured() -> dict[str, Any]:
 
 
 def comparison() -> dict[str, Any]:
-    """Content of a `compare.json` with a sweep of the price."""
-    arms, seeds, luck = ("ra3", "ntp"), (1, 2, 3), random.Random(5)
-    rows = [
-        {
-            "arm": arm, "seed": seed, "bare": (1.31 if arm == "ra3" else 1.36) + luck.gauss(0, 0.004),
-            "thinking": 1.29 if arm == "ra3" else None, "flops": 4.4e15, "raw_tokens": 1_310_720,
-        }
-        for arm in arms
-        for seed in seeds
-    ]  # fmt: skip
-    summary = [
-        {"arm": "ra3", "metric": "bare", "mean": 1.311, "low": 1.305, "high": 1.318, "n": 3},
-        {"arm": "ra3", "metric": "thinking", "mean": 1.29, "low": 1.284, "high": 1.297, "n": 3},
-        {"arm": "ntp", "metric": "bare", "mean": 1.359, "low": 1.351, "high": 1.366, "n": 3},
-    ]
-    pair = {"arm": "ra3", "against": "ntp", "metric": "bare"}
-    paired = [{**pair, "difference": -0.048, "low": -0.062, "high": -0.034, "p_value": 0.004}]
-    sweep = [
-        {"price": price, "think_rate": rate, "reward": reward}
-        for price, rate, reward in ((0.2, 0.03, -0.85), (0.01, 0.93, -0.84), (0.05, 0.36, -0.81))
-    ]
+    """Content of a `compare.json` with a sweep of the price: ra3 beats ntp by the bare code, not with thoughts."""
+    luck = random.Random(5)
+    arms = {"ra3": (1.311, 1.290, 0.34), "ntp": (1.359, 1.362, 0.002)}
+    work = {"raw_tokens": 1_310_720, "flops": 4.4e15, "seconds": 2210.0}
+    rows, summary = [], []
+    for arm, (bare, thinking, rate) in arms.items():
+        figures = {"bare": bare, "thinking": thinking, "think_rate": rate}
+        for seed in (1, 2, 3):
+            drawn = {name: value * luck.gauss(1, 0.003) for name, value in figures.items()}
+            rows.append({"arm": arm, "seed": seed, **drawn, **work})
+        ends = {name: (value * 0.995, value * 1.005) for name, value in figures.items()}
+        summary += [
+            {"arm": arm, "metric": name, "mean": value, "low": ends[name][0], "high": ends[name][1], "n": 3}
+            for name, value in figures.items()
+        ]
+        summary += [{"arm": arm, "metric": m, "mean": v, "low": v, "high": v, "n": 3} for m, v in work.items()]
+    pair = {"arm": "ra3", "against": "ntp", "n": 3}
+    sweep = ((0.2, 0.03, -0.85), (0.01, 0.93, -0.84), (0.05, 0.36, -0.81))
     return {
-        "arms": list(arms), "seeds": list(seeds), "rows": rows, "summary": summary, "paired": paired,
-        "think_penalty": sweep,
-    }  # fmt: skip
+        "arms": list(arms),
+        "seeds": [1, 2, 3],
+        "rows": rows,
+        "summary": summary,
+        "paired": [
+            {**pair, "metric": "bare", "difference": -0.048, "low": -0.062, "high": -0.034, "p_value": 0.0004},
+            {
+                **pair,
+                "metric": "thinking_against_bare",
+                "difference": -0.01,
+                "low": -0.03,
+                "high": 0.01,
+                "p_value": 0.2,
+            },
+        ],
+        "snippets": 128,
+        "interval_over": "seeds",
+        "method": "Means over 3 seeds with Student's 95 % intervals; differences are paired by seed.",
+        "think_penalty": [{"price": price, "think_rate": rate, "reward": reward} for price, rate, reward in sweep],
+    }
 
 
 def write_lines(path: Path, records: Iterator[dict[str, Any]]) -> None:

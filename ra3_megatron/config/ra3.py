@@ -103,8 +103,9 @@ class VariationalConfig:
     flat_window: int = 10
     """Steps averaged to see whether the reward still rises; 0 = never stop early."""
     flat_tolerance: float = 1.0
-    """The stage ends when the last `flat_window` steps' mean reward is not above the mean of as many steps before by
-    this many standard errors of the difference."""
+    """The stage ends when the last `flat_window` steps' mean reward, less what the same lines earn without any thought
+    (which takes out how hard the snippets are), is not above the mean of as many steps before by this many standard
+    errors of the difference."""
     checkpoint_interval: int = 5
     """Steps between checkpoints; rollouts since the last one are read back, not drawn again."""
     probe_snippets: int = 16

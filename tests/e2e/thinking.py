@@ -52,10 +52,14 @@ def e_step(start: str, run: str, whole_block: bool = False, **changes: dict[str,
     config = make_config(Path(start), run, **changes)
     with initialize(config.parallel) as parallel:
         context = make_context(config, parallel)
-        return run_variational(context, context.folder.stage(3, "ra3-variational-1"), make_inputs(Path(start)))
+        return run_variational(
+            context, context.folder.stage(3, "ra3-variational-1"), make_inputs(Path(start), whole_block)
+        )
 
 
-def open_e_step(start: Path, run: str, parallel: Parallel, **changes: dict[str, Any]) -> EStep:
+def open_e_step(
+    start: Path, run: str, parallel: Parallel, whole_block: bool = False, **changes: dict[str, Any]
+) -> EStep:
     """The stage before its first step, to look into."""
     context = make_context(make_config(start, run, **changes), parallel)
-    return EStep(context, context.folder.stage(3, "ra3-variational-1"), make_inputs(start))
+    return EStep(context, context.folder.stage(3, "ra3-variational-1"), make_inputs(start, whole_block))

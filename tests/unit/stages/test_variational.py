@@ -183,6 +183,17 @@ def test_a_flat_reward_ends_the_stage(start: Path, tmp_path: Path) -> None:
     assert (tmp_path / result["checkpoint"] / "DONE").is_file()
 
 
+def test_brite_credits_the_whole_snippet(start: Path, tmp_path: Path) -> None:
+    """The arm trained with the horizon of RA3."""
+    with initialize() as parallel:
+        step = open_e_step(start, str(tmp_path), parallel, whole_block=True)
+        experience = first_experience(step, parallel)
+        for i, length in enumerate(experience.table.lengths.tolist()):
+            total = experience.rewards[i].sum()
+            torch.testing.assert_close(experience.returns[i, :length], total.expand(length))
+        step.source.__exit__()
+
+
 # ------------------------------------------------------------------------------------------------- other settings
 
 

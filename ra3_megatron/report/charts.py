@@ -237,6 +237,8 @@ def _draw(axes: Axes, line: Line, colour: str, limit: int) -> None:
     if line.errors is not None:
         errors = [line.errors[i] for i in kept]
         low, high = [y - e for y, e in zip(ys, errors, strict=True)], [y + e for y, e in zip(ys, errors, strict=True)]
+        if len(xs) == 1:
+            axes.vlines(xs, low, high, color=colour)  # a band of no width is not seen
         axes.fill_between(xs, low, high, color=colour, alpha=0.22, linewidth=0)
     axes.plot(
         xs,

@@ -38,9 +38,11 @@ def number(value: float | None, form: str = ".4f") -> str:
 
 
 def with_error(value: float | None, error: float | None, form: str = ".4f") -> str:
-    """`value ± error`; without an error just the value."""
-    if value is None or error is None or not math.isfinite(error):
+    """`value ± error`; just the value where no error was measured, `± unknown` where it could not be."""
+    if value is None or error is None or not math.isfinite(value):
         return number(value, form)
+    if not math.isfinite(error):
+        return f"{number(value, form)} ± unknown"
     return f"{number(value, form)} ± {number(error, form.removeprefix('+'))}"
 
 

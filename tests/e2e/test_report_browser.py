@@ -213,7 +213,7 @@ def test_address_holds_what_is_shown(page: Path) -> None:
     """A link to a snippet opened the first one."""
     found = visit(page, "#rationales?g=1&s=2&l=1&r=-1&c=think&q=return&t=1")
     assert found.console == []
-    assert re.search(r'aria-selected="true"[^>]*><b>textwrap\.py: __init__</b>', found.dom)
+    assert re.search(r'aria-selected="true"[^>]*><b>textwrap\.py: __init__ #2</b>', found.dom)
     heads = re.findall(r'<div class="rv-row rv-head">.*?</div></div>', found.dom)
     assert [re.findall("<b>(.*?)</b>", head) for head in heads] == [["ra3"]]
     assert "probability of a thought before it" in found.dom

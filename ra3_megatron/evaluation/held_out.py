@@ -125,7 +125,7 @@ def _sample(expert: Trajectory, drawn: Rollout, think_tokens: ThinkTokens) -> Sa
     thoughts = drawn.trajectory.thoughts()
     lines = sorted(thoughts)
     sizes = {s.line: s.end - s.start for s in expert.segments if s.kind == Kind.CODE}
-    gains = [float((drawn.line_log_probs[n] - drawn.without_thought[n]) / sizes[n]) for n in lines]
+    gains = [float(drawn.gains[n] / sizes[n]) for n in lines]
     latent = think_tokens.format
     return Sample(
         nats=-float(drawn.line_log_probs.sum()),

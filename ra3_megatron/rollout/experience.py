@@ -60,7 +60,8 @@ class ScoredRollout:
     """Number of its snippet among those of the step: rollouts of one slot are a group."""
     rollout: Rollout
     line_log_probs: np.ndarray = field(repr=False)
-    """float64 [lines], summed over the line's tokens, nats."""
+    """float64 [lines]: log p(line | s_t, z_t), summed over the line's tokens, nats: given the latent, so without the
+    probability that its first token gives to beginning no thought."""
     without_thought: np.ndarray = field(repr=False)
     """float64 [lines]: the same of a line with a thought, had it none; NaN elsewhere."""
     bare_log_probs: np.ndarray = field(repr=False)

@@ -186,8 +186,8 @@ def line_gains(experience: Experience) -> Tensor:
     table = experience.table
     found = torch.zeros_like(table.log_probs)
     for i, scored in enumerate(experience.scored):
-        r = scored.rollout
-        found[i, : len(r.line_log_probs)] = torch.from_numpy(r.line_log_probs - r.without_thought)
+        gains = scored.rollout.gains
+        found[i, : len(gains)] = torch.from_numpy(gains)
     return torch.where(table.thinks, found, 0.0) / table.tokens
 
 

@@ -75,7 +75,8 @@ def from_hindsight(rollout: Rollout, expert: Trajectory) -> Rollout:
     """The rollout of a view as one of the `expert` trajectory that the view was made of: the first copy is gone.
 
     Actions keep the log-probabilities that q gave them with the text in view. The lines' own are of another context
-    now: `line_log_probs` are NaN until a scorer fills them in, and so is `without_thought`, for every line.
+    now: `line_log_probs` are NaN until a scorer fills them in, and so are `without_thought` and `log_act`, for every
+    line.
     """
     view = rollout.trajectory
     shift = _prompt_length(view) - _prompt_length(expert)
@@ -90,5 +91,6 @@ def from_hindsight(rollout: Rollout, expert: Trajectory) -> Rollout:
         trajectory=infused,
         line_log_probs=unknown,
         without_thought=unknown.copy(),
+        log_act=unknown.copy(),
         positions=rollout.positions - shift,
     )

@@ -82,8 +82,12 @@ class Rollout:
     """float64 [lines]: log-likelihood of every expert line after its thought, sum over its tokens, nats, temperature
     1. The very first token of a text without start token or prompt has none and counts 0."""
     without_thought: np.ndarray = field(repr=False)
-    """float64 [lines]: the same for a line with a thought, after the same earlier latents but without its own thought;
-    NaN for lines without one."""
+    """float64 [lines]: log p(line | act) of a line with a thought, had it none: after the same earlier latents, and
+    given that no thought begins (which `line_log_probs` are not); NaN for lines without a thought."""
+    log_act: np.ndarray = field(repr=False)
+    """float64 [lines]: log-probability, after temperature, that no (further) thought begins where the line's own tokens
+    do, read as the line was last forced in, so after its thought. A part of `line_log_probs` that says nothing about
+    the code; 0 for lines that no thought can precede."""
     p_think: np.ndarray = field(repr=False)
     """float64 [decisions]: probability of a thought, after temperature, aligned with `trajectory.decisions`."""
     thought: np.ndarray = field(repr=False)
@@ -104,6 +108,14 @@ class Rollout:
     """Of the actions."""
     weights_version: int
     """Of the weights that sampled."""
+
+    @property
+    def gains(self) -> np.ndarray:
+        """float64 [lines]: log p(line | its thought) - log p(line | act), nats; NaN for lines without a thought.
+
+        Both are given the decision: what the model makes of the choice to think or not is in neither.
+        """
+        return self.line_log_probs - self.log_act - self.without_thought
 
 
 class ThoughtRules:
@@ -140,6 +152,11 @@ class ThoughtRules:
         return self._think_tokens[think_set].forced_after(token)
 
 
+def _log_act(log_mass: float) -> float:
+    """log(1 - p_think) from log p_think, finite: the logits do not tell 1 - 1e-9 from 1."""
+    return float(np.log1p(-min(np.exp(log_mass), 1 - 1e-9)))
+
+
 class _Walk:
     """One rollout on its way: what its row is extended by next, and what the answer means.
 
@@ -170,6 +187,8 @@ class _Walk:
         self._begin = self._sampled = 0
         self._token_log_probs = np.zeros(len(expert.ids))
         self._without_thought = np.full(expert.num_lines, np.nan)
+        self._log_act = np.zeros(expert.num_lines)
+        self._reread: Decision | None = None  # of the line after a thought that has just ended
         self._offered: list[Decision] = []
         self._p_think: list[float] = []
         self._actions: list[tuple[int, float, float]] = []
@@ -189,6 +208,8 @@ class _Walk:
             return Extend(self.row, self._carry, [Query(offset, self.rules.allowed, uniform)], append=True)
         end = self._chunk_end()
         self._in_chunk = []
+        # Nothing is drawn where a thought has just ended; the line's likelihood given that no other follows is wanted.
+        again = [] if self._reread is None else [self._reread]
         for decision in self.expert.decisions[self._next_decision :]:
             if decision.position >= end:
                 break
@@ -196,7 +217,7 @@ class _Walk:
         queries = [
             Query(offset + d.position - self._at, self.rules.deciding(d.think_set), float(self.uniforms[d.line, 1]))
             for d in self._in_chunk
-        ]
+        ] + [Query(offset + d.position - self._at, self.rules.deciding(d.think_set)) for d in again]
         return Extend(self.row, [*self._carry, *self.expert.ids[self._at : end].tolist()], queries)
 
     def _chunk_end(self) -> int:
@@ -218,8 +239,12 @@ class _Walk:
             return
         forced = len(extend.ids) - offset
         self._token_log_probs[self._at : self._at + forced] = answer.log_probs[offset:]
+        if self._reread is not None:
+            self._log_act[self._reread.line] = _log_act(answer.log_masses[-1])
+            self._reread = None
         for i, decision in enumerate(self._in_chunk):
             self._next_decision += 1
+            self._log_act[decision.line] = _log_act(answer.log_masses[i])
             place = before + decision.position - self._at
             if not self._fits(decision, place):
                 continue
@@ -228,7 +253,8 @@ class _Walk:
             self._p_think.append(p_think)
             if self.uniforms[decision.line, 0] < p_think:
                 self._actions.append((place, float(answer.drawn_log_probs[i]), 0.0))
-                self._without_thought[decision.line] = self._line_log_prob(decision.line)
+                given = self._line_log_prob(decision.line) - self._log_act[decision.line]
+                self._without_thought[decision.line] = given
                 self._think(decision, int(answer.drawn[i]), place)
                 return
             self._actions.append((place, float(np.log1p(-p_think)), 0.0))
@@ -250,7 +276,7 @@ class _Walk:
         del self._ids[place:]
         self._at = self._starts[decision.line]
         self._begin = place - len(decision.forced)
-        self._line, self._sampled = decision.line, 0
+        self._line, self._sampled, self._reread = decision.line, 0, decision
         self._carry = [token, *self.rules.forced_after(decision.think_set, token)]
         self._after_sample(token)
 
@@ -279,6 +305,7 @@ class _Walk:
             trajectory=infused,
             line_log_probs=np.array([self._line_log_prob(line) for line in range(self.expert.num_lines)]),
             without_thought=self._without_thought,
+            log_act=self._log_act,
             p_think=np.array(self._p_think),
             thought=np.array([d.line in self._thoughts for d in self._offered], dtype=bool),
             positions=actions[:, 0].astype(np.int64),

@@ -27,7 +27,7 @@ def score_members(
     replica make the same calls.
     """
     texts: dict[_Text, Trajectory] = {}
-    for trajectory in (t for m in members for t in (m.expert, m.rollout.trajectory)):
+    for trajectory in (t for m in members for t in (m.expert, _infused(m))):
         texts.setdefault(_text(trajectory), trajectory)
     scores = dict(zip(texts, scorer.score(list(texts.values())), strict=True))
     found = []
@@ -36,10 +36,10 @@ def score_members(
         found.append(
             ScoredRollout(
                 slot=m.slot,
-                rollout=_known(m.rollout, own.lines, alone),
-                line_log_probs=own.lines,
+                rollout=_known(m.rollout, own, alone),
+                line_log_probs=own.given_latent,
                 without_thought=alone,
-                bare_log_probs=bare.lines,
+                bare_log_probs=bare.given_latent,
                 log_joint=own.total,
                 drawn=m.drawn,
             )
@@ -51,20 +51,24 @@ def _without(
     scorer: LineScorer, members: Sequence[Member], scores: dict[_Text, LineScores], frozen: bool, wanted: bool
 ) -> list[np.ndarray]:
     """float64 [lines] of each member: lines with a thought as if they had none, NaN elsewhere and where unknown."""
-    unknown = [m for m in members if np.isnan(m.rollout.line_log_probs).any()]
-    if (wanted and frozen) or unknown:
+    unknown = any(np.isnan(m.rollout.line_log_probs).any() for m in members)
+    # A rollout knows whether its policy would have thought at its own temperature alone.
+    warm = not frozen and any(m.rollout.temperature != 1 for m in members)
+    if (wanted and frozen) or unknown or warm:
         return scorer.without_thought([m.rollout.trajectory for m in members])
     if frozen:
         return [np.full(m.expert.num_lines, np.nan) for m in members]
     # The policy that drew is the scorer: what a thought gained there is known from the rollout.
-    return [
-        scores[_text(m.rollout.trajectory)].lines - (m.rollout.line_log_probs - m.rollout.without_thought)
-        for m in members
-    ]
+    return [scores[_text(m.rollout.trajectory)].given_latent - m.rollout.gains for m in members]
 
 
-def _known(rollout: Rollout, lines: np.ndarray, without: np.ndarray) -> Rollout:
+def _infused(member: Member) -> Trajectory:
+    """Its text; a line where there was no room for a thought is scored like the same line of the others."""
+    return replace(member.rollout.trajectory, decisions=member.expert.decisions)
+
+
+def _known(rollout: Rollout, own: LineScores, without: np.ndarray) -> Rollout:
     """The rollout with the scorer's figures where it has none of its own, as after hindsight."""
     if not np.isnan(rollout.line_log_probs).any():
         return rollout
-    return replace(rollout, line_log_probs=lines, without_thought=without)
+    return replace(rollout, line_log_probs=own.lines, log_act=own.log_act, without_thought=without)

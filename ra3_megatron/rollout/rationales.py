@@ -41,7 +41,7 @@ def rationale_record(
         thought = thoughts.get(line)
         gain = None
         if thought is not None:
-            gain = _number((rollout.line_log_probs[line] - rollout.without_thought[line]) / tokens)
+            gain = _number(rollout.gains[line] / tokens)
         lines.append(
             {
                 "text": tokenizer.decode(trajectory.ids[segment.start : segment.end].tolist()),

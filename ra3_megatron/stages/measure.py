@@ -170,7 +170,7 @@ class _Job:
         c = context.config
         self.engine.weights_version += 1
         scores, drawn = score_snippets(
-            LineScorer(self.chunks, context.architecture, parallel, c),
+            LineScorer(self.chunks, context.architecture, parallel, c, self.corpus.think_tokens),
             self.engine,
             [self.corpus.validation[i] for i in self.mine],
             self.mine,

@@ -63,7 +63,7 @@ class Policy:
         if self._frozen:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-        self.scorer = LineScorer(chunks, context.architecture, self.parallel, self.config)
+        self.scorer = LineScorer(chunks, context.architecture, self.parallel, self.config, self.think_tokens)
         max_tokens = self.config.train.seq_length - (corpus.tokenizer.eos_id is not None)
         self.sampling = Sampling.of(latent, self.think_tokens)
         self.rollouts = build_rollout_engine(

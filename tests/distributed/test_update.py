@@ -61,8 +61,8 @@ def run_one(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
         else:
             for i, values in enumerate(load_sharded(folder / "start", state, parallel).values()):
                 chunks[i].load_state_dict(values)
-        trajectories, _ = texts()
-        scorer = LineScorer(chunks, ARCH, parallel, config)
+        trajectories, think_tokens = texts()
+        scorer = LineScorer(chunks, ARCH, parallel, config, think_tokens)
         # Replicas score lists of different length, the second none at all at first.
         mine = [] if name == "dp2" and parallel.rank == 1 else trajectories
         out = {"bare": [s.lines.tolist() for s in scorer.score(mine)]}

@@ -38,7 +38,7 @@ def model(parallel, texts):
 
 def score(model, texts, parallel, uniforms, temperature=1.0):
     config = tiny.config(train={"seq_length": SEQ, "micro_batch_size": 1})
-    scorer = LineScorer(model[1], model[0], parallel, config)
+    scorer = LineScorer(model[1], model[0], parallel, config, texts[1])
     engine = MegatronEngine(model[1], model[0], parallel, 5, SEQ)
     settings = RolloutSettings(temperature, 5)
     ids = list(range(10, 10 + len(texts[0])))
@@ -80,9 +80,9 @@ def test_thinking_counts_the_same_tokens_given_the_thoughts(model, texts, scored
         assert not sample.broken
         lines = [s for s in infused.segments if s.kind == Kind.CODE and s.line in infused.thoughts()]
         for gain, segment in zip(sample.gains, lines, strict=True):
-            with_it = rolled.line_log_probs[segment.line]
-            without = rolled.without_thought[segment.line]
-            assert gain * (segment.end - segment.start) == pytest.approx(with_it - without)
+            line = segment.line
+            with_it = rolled.line_log_probs[line] - rolled.log_act[line]
+            assert gain * (segment.end - segment.start) == pytest.approx(with_it - rolled.without_thought[line])
 
 
 def test_declined_is_the_part_of_not_thinking(model, texts, scored):

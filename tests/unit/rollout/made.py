@@ -54,6 +54,7 @@ def made_rollout(
         trajectory=infused,
         line_log_probs=line_log_probs,
         without_thought=np.where(with_thought, line_log_probs - chance.normal(size=lines), np.nan),
+        log_act=-0.2 * chance.random(lines),
         p_think=chance.uniform(0.05, 0.95, len(decisions)),
         thought=think,
         positions=np.array(actions, dtype=np.int64),

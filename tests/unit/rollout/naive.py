@@ -72,6 +72,7 @@ class NaiveRollout:
     p_think: list[float] = field(default_factory=list)
     line_log_probs: list[float] = field(default_factory=list)
     without_thought: list[float] = field(default_factory=list)
+    log_act: list[float] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
     actions: list[tuple[int, float]] = field(default_factory=list)
     log_allowed: list[float] = field(default_factory=list)
@@ -112,7 +113,7 @@ def naive_rollout(chunk, vocab_size, expert, uniforms, temperature, max_latent, 
             token, p_think = draw(log_probs, think_set.ids, uniforms[line, 1])
             out.p_think.append(p_think)
             if uniforms[line, 0] < p_think:
-                out.without_thought[-1] = line_log_prob(out.ids, line_ids)
+                out.without_thought[-1] = line_log_prob(out.ids, line_ids) - np.log1p(-p_think)
                 out.actions.append((len(at), log_probs[token]))
                 out.log_allowed.append(0.0)
                 thought = [*forced, token, *think_set.forced_after(token)]
@@ -133,6 +134,10 @@ def naive_rollout(chunk, vocab_size, expert, uniforms, temperature, max_latent, 
             else:
                 out.actions.append((len(at), np.log1p(-p_think)))
                 out.log_allowed.append(0.0)
+        out.log_act.append(0.0)
+        if decision is not None:
+            _, p_again = draw(next_token(out.ids + forced), think_set.ids, 0.0)
+            out.log_act[-1] = np.log1p(-p_again)
         out.line_log_probs.append(line_log_prob(out.ids, line_ids))
         out.ids = out.ids + line_ids
     return out

@@ -126,7 +126,8 @@ def test_figures_are_means_over_the_batch() -> None:
         for decision, p, thinks in zip(r.trajectory.decisions, r.p_think, r.thought, strict=True):
             if thinks:
                 code_line = r.trajectory.segment(decision.line)
-                difference = r.line_log_probs[decision.line] - r.without_thought[decision.line]
+                given = r.line_log_probs[decision.line] - r.log_act[decision.line]
+                difference = given - r.without_thought[decision.line]
                 gains.append(difference / (code_line.end - code_line.start))
                 forecasts.append((p - (gains[-1] > 0.05)) ** 2)
     assert found["gain"] == pytest.approx(np.mean(gains))

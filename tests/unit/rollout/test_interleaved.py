@@ -15,7 +15,7 @@ from ra3_megatron.rollout.megatron import MegatronEngine
 from tests.unit.rollout.naive import OftenThinks, naive_rollout, plain_texts_and_tokens, texts_and_tokens
 
 MAX_LATENT = 6
-ARRAYS = "line_log_probs", "without_thought", "p_think", "thought", "positions", "log_probs", "log_allowed"
+ARRAYS = "line_log_probs", "without_thought", "log_act", "p_think", "thought", "positions", "log_probs", "log_allowed"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,7 @@ def check_against_naive(model, parallel, trajectories, think_tokens, uniforms, o
         np.testing.assert_allclose(one.p_think, naive.p_think, rtol=1e-4, atol=1e-7)
         np.testing.assert_allclose(one.line_log_probs, naive.line_log_probs, rtol=0, atol=1e-4)
         np.testing.assert_allclose(one.without_thought, naive.without_thought, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(one.log_act, naive.log_act, rtol=0, atol=1e-5)
         np.testing.assert_allclose(one.log_probs, [x for _, x in naive.actions], rtol=0, atol=1e-5)
         np.testing.assert_allclose(one.log_allowed, naive.log_allowed, rtol=0, atol=1e-5)
     return found

@@ -110,7 +110,7 @@ def test_current_scorer_says_what_the_rollout_said(start: Path, tmp_path: Path) 
         step = open_e_step(start, str(tmp_path), parallel, variational={"scorer": "current"})
         experience = first_experience(step, parallel)
         for s in experience.scored:
-            np.testing.assert_allclose(s.line_log_probs, s.rollout.line_log_probs, atol=2e-3)
+            np.testing.assert_allclose(s.line_log_probs, s.rollout.line_log_probs - s.rollout.log_act, atol=2e-3)
             np.testing.assert_allclose(s.without_thought, s.rollout.without_thought, atol=2e-3)
         step.source.__exit__()
 

@@ -141,5 +141,6 @@ def test_actions_have_the_log_probs_they_were_drawn_with(results, temperature):
             assert found["actions"] == found["counted"] > 30
             assert found["gap"] <= 1e-5, name
             assert found["lines"] <= 2e-5, name
-            assert found["without"] <= 2e-5, name
+            # A rollout knows the decision at its own temperature, the scorer at 1.
+            assert temperature != "1.0" or found["without"] <= 2e-5, name
             assert found["components"] == pytest.approx(one[temperature]["components"], rel=1e-5), name

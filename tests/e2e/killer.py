@@ -1,6 +1,6 @@
 """Kill a run at random moments until it is done: `python -m tests.e2e.killer FOLDER CONFIG KILLS SEED`.
 
-With KILLS = `stages` it is killed twice in every stage, shortly after the stage began and later on in it.
+With KILLS = `stages` it is killed twice in every stage, at its first file and at half of its files.
 Everything heavy is imported once; each attempt is a forked process in a session of its own, so that twenty attempts
 cost seconds of start-up and not minutes. Prints one JSON line: how often it was killed, how often during a save, and
 in which stages.
@@ -108,14 +108,18 @@ def moment(run_dir: Path, chance: random.Random) -> Callable[[float], bool]:
     return lambda _: last_step(run_dir) >= wanted
 
 
-def in_stage(run_dir: Path, whole: Path, name: str, chance: random.Random) -> Callable[[float], bool]:
-    """A moment inside of one stage: at any time from its begin to about its end, as long as the whole run took."""
-    done = whole / name / "DONE"
-    length = max(0.05, done.stat().st_mtime - min(p.stat().st_mtime for p in (whole / name / "logs").glob("0*/*")))
-    wait, begun = chance.uniform(0.0, 0.8) * length, []
+def files(folder: Path) -> int:
+    """Files a stage has written so far, accounts of its attempts left out."""
+    return sum(1 for p in folder.rglob("*") if p.is_file() and "logs" not in p.relative_to(folder).parts)
+
+
+def in_stage(run_dir: Path, whole: Path, name: str, share: float, chance: random.Random) -> Callable[[float], bool]:
+    """A moment inside of one stage: when it has written that share of the files it leaves, and a little later."""
+    least = max(1, int(share * files(whole / name)))
+    wait, begun = chance.uniform(0.0, 0.1), []
 
     def due(_: float) -> bool:
-        if not begun and (run_dir / name / "logs").exists():
+        if not begun and ((run_dir / name / "DONE").exists() or files(run_dir / name) >= least):
             begun.append(time.monotonic())
         return bool(begun) and time.monotonic() - begun[0] > wait
 
@@ -162,8 +166,10 @@ def main() -> None:
     whole = run_to_the_end(config_path, folder / "whole", folder / "whole.log")
     run_dir = folder / "killed"
     if kills == "stages":
-        stages = sorted(p.parent.name for p in (folder / "whole").glob("*/DONE"))
-        moments = [partial(in_stage, run_dir, folder / "whole", name, chance) for name in stages for _ in range(2)]
+        stages = sorted(p.parent.name for p in (folder / "whole").glob("*/DONE") if files(p.parent) > 3)
+        moments = [
+            partial(in_stage, run_dir, folder / "whole", name, share, chance) for name in stages for share in (0.0, 0.5)
+        ]
     else:
         moments = [partial(moment, run_dir, chance)] * int(kills)
     counts = run_with_kills(config_path, run_dir, folder / "killed.log", moments, chance)

@@ -20,7 +20,7 @@ def main() -> None:
     run_dir = Path(tempfile.mkdtemp(prefix="ra3-example-")) / "run"
     config = config_from_dict(
         {
-            "run": {"dir": str(run_dir)},
+            "run": {"dir": str(run_dir), "arms": ["ntp"]},
             "model": {"architecture": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "head_dim": 16,
                                        "ffn_hidden_size": 128, "vocab_size": 512}},
             "data": {"corpus": {"kind": "folder", "path": str(code)},

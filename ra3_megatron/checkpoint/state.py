@@ -23,8 +23,6 @@ class TrainState:
     """Rounds of expectation-maximisation completed."""
     tokens: int = 0
     """Tokens trained on, padding left out."""
-    code_tokens: int = 0
-    """Tokens of code among them: what training lengths are compared by."""
     samples: int = 0
     """Windows consumed from the data set."""
     skipped_steps: int = 0
@@ -37,6 +35,8 @@ class TrainState:
     """Hash of the resolved configuration."""
     layout: dict[str, int] = field(default_factory=dict)
     """Parallel sizes that wrote the checkpoint, e.g. `{"tensor": 2, "pipeline": 1, "data": 4}`."""
+    code_tokens: int = 0
+    """Tokens of code among those trained on: what training lengths are compared by."""
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -1,5 +1,6 @@
 """What each rank of a small world reports: bytes it really holds, and who is blamed for a NaN."""
 
+from dataclasses import replace
 from typing import Any
 
 from ra3_megatron.config.estimate import estimate_memory, parameters_per_rank
@@ -18,6 +19,7 @@ def memory(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _memory(layout: dict[str, Any]) -> dict[str, Any]:
     precision, tied = layout.pop("precision"), layout.pop("tied")
     settings = tiny.config(parallel=layout, model={"precision": precision}, train={"global_batch_size": 4})
+    settings = replace(settings, run=replace(settings.run, arms=("ntp",)))
     with initialize(settings.parallel) as parallel:
         e = tiny.engine(settings, parallel, [cross_entropy_component()], tied)
         share = 4 // parallel.sizes.data

@@ -1,14 +1,14 @@
 """Seconds of interleaved rollouts: against one forward pass, a line-by-line loop, and `transformers` called per line.
 
-    python benchmarks/rollout.py [--model quickstart|FOLDER] [--rates 0 0.1 0.3 1] [--snippets 8] [--repeat 3]
+    python benchmarks/rollout.py [--model quickstart|FOLDER] [--rates 0 0.1 0.3 1] [--snippets 32] [--repeat 3]
 
 FOLDER is a Hugging Face model or a checkpoint of `ra3 convert import` (models/smollm2-135m after `make smollm2`);
 `quickstart` has that configuration's shape and random weights. Whether to think is decided by the random numbers alone,
 so that the think rate is the one asked for; a thought has at most --thought tokens. All of it in one process, in turn,
 the fastest of --repeat runs each: the floor is one forward pass over the tokens that the rollouts end with, all rows in
 one batch. The loop has the same engine and cache and takes a row at a time: a pass for the decision, one per token of
-a thought, one for the line; `batched` is the same loop with all rows side by side. The two peers that go row by row run
-on --subset rows, and so do we where we are compared with them.
+a thought, one for the line; `batched` is the same loop with all rows side by side. `transformers` runs on --subset rows
+(default: all), and so do we where we are compared with it. Seconds are processor seconds: others on the machine do not count.
 """
 
 import argparse
@@ -148,9 +148,8 @@ def per_line_transformers(bench: Bench, model: Any, count: int) -> int:
             line = expert.ids[segment.start : segment.end].tolist()
             if segment.line in decisions:
                 at = torch.tensor([[*ids, *decisions[segment.line].forced]])
-                out = model.generate(
-                    at, max_new_tokens=1, output_logits=True, return_dict_in_generate=True, eos_token_id=closing, **options
-                )  # fmt: skip
+                asked = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+                out = model.generate(at, eos_token_id=closing, **asked, **options)
                 opening = torch.from_numpy(think_tokens[decisions[segment.line].think_set].ids)
                 if uniforms[segment.line, 0] < float(out.logits[0][0].softmax(-1)[opening].sum()):
                     token = int(opening[torch.multinomial(out.logits[0][0, opening].softmax(-1), 1)])
@@ -165,12 +164,12 @@ def per_line_transformers(bench: Bench, model: Any, count: int) -> int:
 
 
 def fastest(repeat: int, work: Callable[[], Any]) -> float:
-    """Seconds of the fastest of `repeat` runs."""
+    """Processor seconds (one thread) of the fastest of `repeat` runs."""
     seconds = []
     for _ in range(repeat):
-        begin = time.perf_counter()
+        begin = time.process_time()
         work()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     return min(seconds)
 
 
@@ -196,7 +195,7 @@ def measure(bench: Bench, model: Any, rate: float, subset: int, repeat: int) -> 
         seconds["batched loop"].append(fastest(1, lambda: line_by_line(bench, engine, range(rows))))
     best = {name: min(values) for name, values in seconds.items()}
     small = fastest(repeat, lambda: bench.interleaved(few, subset))
-    loop = fastest(repeat, lambda: [line_by_line(bench, alone, [n]) for n in range(subset)])
+    loop = fastest(1, lambda: [line_by_line(bench, alone, [n]) for n in range(rows)])
     thoughts = np.mean(np.concatenate([r.thought for r in found]))
     target = next((t for limit, t in FLOOR_TARGETS if rate <= limit), None)
     ratio = best["ours"] / best["floor"]
@@ -204,14 +203,15 @@ def measure(bench: Bench, model: Any, rate: float, subset: int, repeat: int) -> 
           f"{sum(same)} of {rows} texts are the loop's")  # fmt: skip
     print(f"    floor {best['floor']:.3f} s, ours {best['ours']:.3f} s = "
           + (verdict(ratio, target, least=False) if target else f"{ratio:6.2f}x of the floor"))  # fmt: skip
-    print(f"    batched loop {best['batched loop']:.3f} s, {best['batched loop'] / best['ours']:6.2f}x ours")
-    gain = loop / small
-    print(f"    {subset} rows: ours {small:.3f} s; loop a row at a time {loop:.3f} s = "
-          + (verdict(gain, 5, least=True) if rate <= 0.1 else f"{gain:6.2f}x ours"))  # fmt: skip
+    gain = loop / best["ours"]
+    print(f"    loop, a row at a time {loop:.3f} s = "
+          + (verdict(gain, 5, least=True) if rate <= 0.1 else f"{gain:6.2f}x ours")
+          + f"; batched {best['batched loop']:.3f} s = {best['batched loop'] / best['ours']:.2f}x ours")  # fmt: skip
     if model is not None:
         torch.manual_seed(0)
         peer = fastest(1, lambda: per_line_transformers(bench, model, subset))
-        print(f"    {subset} rows: transformers {peer:.3f} s = {verdict(peer / small, 10, least=True)}")
+        ratio = verdict(peer / small, 10, least=True)
+        print(f"    {subset} rows: ours {small:.3f} s, transformers {peer:.3f} s = {ratio}")
 
 
 def load(name: str, folder: Path, parallel: Any) -> tuple[list, Architecture, TokenizerConfig, Path]:
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--snippets", type=int, default=32)
     parser.add_argument("--snippet-tokens", type=int, default=256)
     parser.add_argument("--thought", type=int, default=8)
-    parser.add_argument("--subset", type=int, default=4)
+    parser.add_argument("--subset", type=int)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no-transformers", action="store_true")
     options = parser.parse_args()
@@ -272,7 +272,7 @@ def main() -> None:
         lines = sum(t.num_lines for t in bench.experts)
         print(f"{shape.parameter_count / 1e6:.1f} M parameters, {lines} lines, one thread")
         for rate in options.rates:
-            measure(bench, model, rate, options.subset, options.repeat)
+            measure(bench, model, rate, options.subset or options.snippets, options.repeat)
 
 
 if __name__ == "__main__":

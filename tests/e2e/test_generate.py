@@ -67,7 +67,8 @@ def test_kills_lose_the_shards_in_flight_and_nothing_else(start: Path, whole: Pa
         )
         assert ended.code in (0, -9), ended.err[-3000:]
         finished.append(len(list(stage.glob("data/shards/*.json"))))
-    assert finished == sorted(finished)
+    # The later kills fall into the joining, which may have removed its shards by then.
+    assert finished[:3] == sorted(finished[:3])
     assert finished[1] >= 4
     server.call(TARGET, {"folder": str(start), "run": str(run)})
     assert files(stage) == files(whole)

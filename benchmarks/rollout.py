@@ -8,8 +8,8 @@ so that the think rate is the one asked for; a thought has at most --thought tok
 the fastest of --repeat runs each: the floor is one forward pass over the tokens that the rollouts end with, all rows in
 one batch. The loop has the same engine and cache and takes a row at a time: a pass for the decision, one per token of
 a thought, one for the line; `batched` is the same loop with all rows side by side. `transformers` runs on --subset rows
-(default: all), and so do we where we are compared with it. Seconds are processor seconds: what others do on the machine
-is left out.
+(default: all), and so do we where we are compared with it. Seconds are processor seconds, so that others on the machine
+do not count.
 """
 
 import argparse

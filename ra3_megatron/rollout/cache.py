@@ -146,7 +146,8 @@ class CachedAttention(torch.nn.Module):
             part = self._attend(q[single.start : single.stop].unsqueeze(0), k, v, single.mask)
             out[single.start : single.stop] = part[0]
         for group in layout.groups:
-            k, v = (t[group.slots][:, :, : group.keys] for t in (self.keys, self.values))
+            # Cut to the longest row before the rows are gathered: gathering copies.
+            k, v = (t[:, :, : group.keys][group.slots] for t in (self.keys, self.values))
             part = self._attend(q[group.take], k, v, group.mask)
             part = part.flatten(0, 1)
             out[group.target] = part if group.kept is None else part[group.kept]

@@ -13,8 +13,11 @@ from yaml import YAMLError
 
 from ra3_megatron.config.data import DataConfig
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.evaluation import EvaluationConfig
 from ra3_megatron.config.files import atomic_write_text
+from ra3_megatron.config.judge import JudgeConfig
 from ra3_megatron.config.ra3 import BaseConfig, GenerateConfig, LatentConfig, MeasureConfig, VariationalConfig
+from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.sections import (
     CheckpointConfig,
     ExportConfig,
@@ -47,6 +50,12 @@ class RunConfig:
     """Rationale generation."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     """Held-out measurements."""
+    rlvr: RlvrConfig = field(default_factory=RlvrConfig)
+    """Reinforcement learning with judged programs."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Where programs are judged."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Benchmarks at the end."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Spread over processes."""
     train: TrainConfig = field(default_factory=TrainConfig)

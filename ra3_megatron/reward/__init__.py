@@ -1,0 +1,1 @@
+"""Judging of programs by tests, in a sandbox, without torch."""

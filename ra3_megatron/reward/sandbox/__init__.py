@@ -1,0 +1,1 @@
+"""Sandboxes on this machine: what it offers, how they are started, fed and ended."""

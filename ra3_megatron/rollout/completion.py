@@ -1,5 +1,12 @@
-"""Completions of prompts: plain sampling of a language model, for RLVR and for evaluation."""
+"""Completions of prompts: plain sampling of a language model, for RLVR and for evaluation.
 
+As rows end the next prompts enter, and are read in the same pass in which the others go on by a token. What is drawn
+depends on the prompt, its number and member, the seed and the weights, not on what else is in the batch (beyond
+rounding of the logits).
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +14,8 @@ import numpy as np
 
 from ra3_megatron.config.data import _at_least
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.data.tokenizers import Tokenizer
+from ra3_megatron.rollout.engine import Answer, Extend, Query, RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class CompletionSettings:
         _at_least("temperature", self.temperature, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}; it is a share of probability; set a value above 0, at most 1")
+        if "" in self.stop:
+            raise UserError("an empty text in stop; it would end every completion at once; leave it out")
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,139 @@ class Completion:
     finish: Literal["stop_id", "stop", "length"]
     """Why it ended: an id of `stop_ids`, a text of `stop`, or for want of room."""
     text_bytes: int
-    """Bytes of the ids' text up to the stop text, which is left out with what follows; without one, all of them."""
+    """Bytes of the ids' text (`Tokenizer.decode_bytes`) before what ended it: before the stop text, which is left out
+    with what follows, or before the id of `stop_ids`; all of them where it ended for want of room."""
     temperature: float
     """It was sampled at."""
     weights_version: int
     """Of the weights that sampled."""
+
+
+def complete(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    settings: CompletionSettings,
+    tokenizer: Tokenizer,
+    seed: int,
+    on_done: Callable[[Completion], None] | None = None,
+) -> list[Completion]:
+    """One completion of every prompt, in their order.
+
+    Any id of the tokenizer may follow, special ones too (as in transformers' `generate`); ids past its own, which are
+    padding of the embedding, never do. A row has `engine.max_tokens` tokens: a completion ends with "length" where that
+    is reached before `max_tokens`, and a prompt that leaves no room for one token is refused with a UserError, before
+    anything is computed. The random numbers are a function of (`seed`, `Prompt.number`, `Prompt.member`) and the
+    position. `on_done` is called for each completion as it ends, on every process of the model replica.
+    """
+    _check(engine, prompts, settings, tokenizer)
+    query = _QueryMaker(engine.token_set(_drawable(tokenizer)), settings)
+    waiting = deque(enumerate(prompts))
+    writers: list[_Writer] = []
+    finished: list[Completion | None] = [None] * len(prompts)
+    while waiting or writers:
+        while waiting and len(writers) < engine.max_batch:
+            number, prompt = waiting.popleft()
+            writers.append(_Writer(number, prompt, engine, settings, tokenizer, seed))
+        extends = [Extend(w.row, (), (query(w.uniform),), append=True) for w in writers]
+        going_on = []
+        for writer, answer in zip(writers, engine.step(extends, settings.temperature or 1.0), strict=True):
+            completion = writer.absorb(answer)
+            if completion is None:
+                going_on.append(writer)
+                continue
+            engine.close(writer.row)
+            finished[writer.number] = completion
+            if on_done is not None:
+                on_done(completion)
+        writers = going_on
+    return [c for c in finished if c is not None]
+
+
+def _check(
+    engine: RolloutEngine, prompts: Sequence[Prompt], settings: CompletionSettings, tokenizer: Tokenizer
+) -> None:
+    for id_ in settings.stop_ids:
+        if not 0 <= id_ < tokenizer.vocab_size:
+            raise UserError(
+                f"stop_ids has {id_}; the tokenizer has {tokenizer.vocab_size} ids; use ids of the model's tokenizer"
+            )
+    for prompt in prompts:
+        if not 1 <= len(prompt.ids) < engine.max_tokens:
+            raise UserError(
+                f"prompt {prompt.number} has {len(prompt.ids)} tokens; a row has room for {engine.max_tokens}, and a "
+                "completion needs one token before it and one of its own; leave the prompt out, or raise the room"
+            )
+
+
+def _drawable(tokenizer: Tokenizer) -> np.ndarray:
+    """Ids that stand for something, int64: numbers the tokenizer skips have rows in the embedding all the same."""
+    special = tokenizer.special_ids
+    return np.array([i for i, text in enumerate(tokenizer.token_bytes) if text or i in special], dtype=np.int64)
+
+
+class _QueryMaker:
+    """The question every row asks: what follows."""
+
+    def __init__(self, everything: int, settings: CompletionSettings) -> None:
+        self._everything = everything
+        self._top_p = settings.top_p if settings.temperature else 0.0
+
+    def __call__(self, uniform: float) -> Query:
+        return Query(0, self._everything, uniform, self._top_p)
+
+
+class _Writer:
+    """One completion on its way."""
+
+    def __init__(
+        self,
+        number: int,
+        prompt: Prompt,
+        engine: RolloutEngine,
+        settings: CompletionSettings,
+        tokenizer: Tokenizer,
+        seed: int,
+    ) -> None:
+        self.number, self.row = number, engine.open(prompt.ids.tolist())
+        self._prompt, self._settings, self._version = prompt, settings, engine.weights_version
+        self._room = min(settings.max_tokens, engine.max_tokens - len(prompt.ids))
+        self._uniforms = np.random.default_rng([seed, prompt.number, prompt.member]).random(self._room)
+        self._token_bytes = tokenizer.token_bytes
+        self._stops = tuple(text.encode() for text in settings.stop)
+        self._longest = max(map(len, self._stops), default=1)
+        self._ids: list[int] = []
+        self._log_probs: list[float] = []
+        self._bytes = 0
+        self._tail = b""  # the end of the text, in which a stop text may have begun
+
+    @property
+    def uniform(self) -> float:
+        """The random number of the next token."""
+        return float(self._uniforms[len(self._ids)])
+
+    def absorb(self, answer: Answer) -> Completion | None:
+        """Go on by the drawn token; the completion when it ends with it."""
+        token = int(answer.drawn[0])
+        self._ids.append(token)
+        self._log_probs.append(float(answer.drawn_log_probs[0]))
+        if token in self._settings.stop_ids:
+            return self._ended("stop_id", self._bytes)
+        before = self._bytes - len(self._tail)
+        window = self._tail + self._token_bytes[token]
+        self._bytes = before + len(window)
+        # Earlier tokens completed no stop text: what is found ends in this one.
+        if places := [at for stop in self._stops if (at := window.find(stop)) >= 0]:
+            return self._ended("stop", before + min(places))
+        self._tail = window[max(0, len(window) - self._longest + 1) :]
+        return self._ended("length", self._bytes) if len(self._ids) == self._room else None
+
+    def _ended(self, finish: Literal["stop_id", "stop", "length"], text_bytes: int) -> Completion:
+        return Completion(
+            prompt=self._prompt,
+            ids=np.array(self._ids, dtype=np.int32),
+            log_probs=np.array(self._log_probs),
+            finish=finish,
+            text_bytes=text_bytes,
+            temperature=self._settings.temperature,
+            weights_version=self._version,
+        )

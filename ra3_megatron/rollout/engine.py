@@ -23,6 +23,10 @@ class Query:
     """Number of the set, from `RolloutEngine.token_set`."""
     uniform: float | None = None
     """A number in [0, 1) that makes the draw; none = no draw."""
+    top_p: float = 1.0
+    """The draw is from the smallest set of most probable ids of the token set that holds this share of its mass, the
+    lower ids first among equals; 1 = from all of it, 0 = the most probable id whatever the uniform. The log-mass is of
+    the whole token set all the same."""
 
 
 @dataclass(frozen=True, slots=True)

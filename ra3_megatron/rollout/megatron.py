@@ -53,6 +53,7 @@ class _Pass:
     asked: list[int] = field(default_factory=list)
     sets: list[int] = field(default_factory=list)
     uniforms: list[float] = field(default_factory=list)
+    top_p: list[float] = field(default_factory=list)
     asked_to: list[int] = field(default_factory=list)
 
 
@@ -231,6 +232,7 @@ class MegatronEngine:
                         plan.asked.append(base + place)
                         plan.sets.append(query.token_set)
                         plan.uniforms.append(np.nan if query.uniform is None else query.uniform)
+                        plan.top_p.append(query.top_p)
                         plan.asked_to.append(ask_at + i)
                 row.cached = end
             score_at += len(extend.ids)
@@ -323,6 +325,7 @@ class MegatronEngine:
         scored, asked = np.array(plan.scored, dtype=np.int64), np.array(plan.asked, dtype=np.int64)
         labels, numbers = torch.tensor(plan.labels, device=device), torch.tensor(plan.sets)
         uniforms = torch.tensor(plan.uniforms, dtype=torch.float64, device=device)
+        top_p = torch.tensor(plan.top_p, dtype=torch.float64)
         wanted = np.unique(np.concatenate((scored, asked)))
         scores = torch.empty(len(scored), dtype=torch.float64, device=device)
         answers = torch.empty(3, len(asked), dtype=torch.float64, device=device)
@@ -335,7 +338,9 @@ class MegatronEngine:
                 at = torch.from_numpy(np.searchsorted(part, asked[mine])).to(device)
                 to = torch.from_numpy(mine)
                 there = to.to(device)
-                drawn = answer_queries(logits[at], self._sets, numbers[to], uniforms[there], self._vocab, temperature)
+                drawn = answer_queries(
+                    logits[at], self._sets, numbers[to], uniforms[there], self._vocab, temperature, top_p[to]
+                )
                 answers[:, there] = torch.stack((drawn.log_masses, drawn.ids.double(), drawn.log_probs))
             mine = np.flatnonzero((scored >= part[0]) & (scored <= part[-1]))
             if len(mine):

@@ -14,32 +14,48 @@ from torch import Tensor
 
 from ra3_megatron.algo.logprobs import VocabShard
 
+BLOCK = 256
+"""Columns that are summed before anything is cumulated: a cumulative sum costs a hundred times a sum."""
+
+CANDIDATES = 64
+"""Most probable ids a process looks at first for a draw from a part of the distribution; four times more while they do
+not hold it."""
+
 
 @dataclass(frozen=True)
 class LocalSet:
     """This process's part of a set of ids.
 
-    `columns` [n] are indices into this process's columns, in rising order; a set of most columns is a `mask`
-    [columns of this process] instead (0 or 1, fp32), so that nothing large is copied.
+    `columns` [n] are indices into this process's columns, in rising order. Sets of most columns are not gathered: the
+    first `leading` columns, or a `mask` [real columns of this process] (0 or 1, fp32). One of the three is there.
     """
 
-    columns: Tensor | None
-    mask: Tensor | None
+    columns: Tensor | None = None
+    mask: Tensor | None = None
+    leading: int | None = None
 
     @classmethod
     def of(cls, ids: np.ndarray, shard: VocabShard, width: int, device: torch.device) -> "LocalSet":
         """The part of `ids` (unique, rising) that lies in this process's `width` columns."""
         local = ids[(ids >= shard.start) & (ids < shard.start + shard.valid_columns(width))] - shard.start
+        if len(local) and local[-1] == len(local) - 1:
+            return cls(leading=len(local))
         columns = torch.from_numpy(local.astype(np.int64)).to(device)
         if 2 * len(local) <= width:
-            return cls(columns, None)
-        mask = torch.zeros(width, device=device)
+            return cls(columns)
+        mask = torch.zeros(shard.valid_columns(width), device=device)
         mask[columns] = 1.0
-        return cls(None, mask)
+        return cls(mask=mask)
 
     def select(self, weights: Tensor) -> Tensor:
-        """Weights of the set's ids, float64 `[rows, n]` (zeros for others when it is a mask)."""
-        return (weights[:, self.columns] if self.mask is None else weights * self.mask).double()
+        """Weights of the set's ids, `[rows, n]` (zeros for others when it is a mask)."""
+        if self.leading is not None:
+            return weights[:, : self.leading]
+        return weights[:, self.columns] if self.mask is None else weights * self.mask
+
+    def scores(self, x: Tensor) -> Tensor:
+        """As `select`, of logarithms of weights: -inf for others when it is a mask."""
+        return self.select(x) if self.mask is None else x.masked_fill(self.mask == 0, -torch.inf)
 
     def column(self, index: Tensor) -> Tensor:
         """Columns of this process at positions `index` of what `select` returns."""
@@ -59,9 +75,9 @@ class Drawn:
 
 
 def _shifted(logits: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """fp32 logits over the temperature minus their maximum over the vocabulary; columns of padding are -inf."""
-    x = logits.float() / temperature
-    x[:, shard.valid_columns(x.size(1)) :] = -torch.inf
+    """fp32 logits over the temperature minus their maximum over the vocabulary; columns of padding are left out."""
+    x = logits[:, : shard.valid_columns(logits.size(1))].float()
+    x = x / temperature if temperature != 1.0 else x
     maximum = x.amax(1) if x.size(1) else x.new_full((len(x),), -torch.inf)
     if shard.group is not None:
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=shard.group)
@@ -79,6 +95,58 @@ def _pick(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.minimum(found, _last_positive(cumulative)).squeeze(1)
 
 
+def _blocks(weights: Tensor) -> Tensor:
+    """Sums of `BLOCK` columns of `weights` [rows, n] each, the last perhaps of fewer, float64 `[rows, blocks]`."""
+    whole = weights.size(1) // BLOCK
+    main = weights[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(2)
+    rest = weights[:, whole * BLOCK :]
+    return (torch.cat((main, rest.sum(1, keepdim=True)), 1) if rest.size(1) else main).double()
+
+
+class _Cumulated:
+    """Weights [rows, n] of a set in the order of ids, cumulated over blocks."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._bounds = _blocks(weights).cumsum(1)
+
+    @property
+    def mass(self) -> Tensor:
+        """float64 [rows]"""
+        bounds = self._bounds
+        return bounds[:, -1] if bounds.size(1) else bounds.new_zeros(len(bounds))
+
+    def pick(self, rows: Tensor, target: Tensor) -> Tensor:
+        """Column of the first weight at which the sum exceeds `target`, for some of the rows. int64 [rows]"""
+        bounds, width = self._bounds[rows], self._weights.size(1)
+        block = _pick(bounds, target).unsqueeze(1)
+        before = torch.where(block > 0, bounds.gather(1, (block - 1).clamp(min=0)), 0.0).squeeze(1)
+        columns = block * BLOCK + torch.arange(min(BLOCK, width), device=bounds.device)
+        weights = self._weights[rows.unsqueeze(1), columns.clamp(max=width - 1)].masked_fill(columns >= width, 0.0)
+        return block.squeeze(1) * BLOCK + _pick(weights.double().cumsum(1), target - before)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that ask about the same set in the same way."""
+
+    rows: Tensor
+    """int64 [rows of the part], on the device."""
+    local: LocalSet
+    top_p: float
+
+    def take(self, x: Tensor) -> Tensor:
+        """The part's rows of `x` [n, columns], not copied when they are all."""
+        return x if len(self.rows) == len(x) else x[self.rows]
+
+
+def _parts(numbers: Tensor, top_p: Tensor, sets: Sequence[LocalSet], device: torch.device) -> list[_Part]:
+    kinds: dict[tuple[int, float], list[int]] = {}
+    for row, kind in enumerate(zip(numbers.tolist(), top_p.tolist(), strict=True)):
+        kinds.setdefault(kind, []).append(row)
+    return [_Part(torch.tensor(rows, device=device), sets[n], p) for (n, p), rows in kinds.items()]
+
+
 def answer_queries(
     logits: Tensor,
     sets: Sequence[LocalSet],
@@ -86,54 +154,126 @@ def answer_queries(
     uniforms: Tensor,
     shard: VocabShard,
     temperature: float = 1.0,
+    top_p: Tensor | None = None,
 ) -> Drawn:
     """Mass of `sets[numbers[i]]` under row i and a draw from it by `uniforms[i]` (NaN = none).
 
-    `logits` [n, columns of this process], `numbers` int64 [n] on the CPU, `uniforms` float64 [n] on the device.
+    `logits` [n, columns of this process], `numbers` int64 [n] on the CPU, `uniforms` float64 [n] on the device, `top_p`
+    float64 [n] on the CPU (none = 1, see `Query`).
     """
     x = _shifted(logits, shard, temperature)
-    weights = x.exp()
-    device = x.device
-    total = weights.sum(1, dtype=torch.float64)
-    mass = torch.zeros_like(total)
-    parts: list[tuple[Tensor, Tensor, LocalSet]] = []
-    for number in numbers.unique().tolist():
-        rows = (numbers == number).nonzero().squeeze(1).to(device)
-        cumulative = sets[number].select(weights[rows]).cumsum(1)
-        if cumulative.size(1):
-            mass[rows] = cumulative[:, -1]
-        parts.append((rows, cumulative, sets[number]))
-    rank, shares = 0, mass.unsqueeze(0)
+    weights, device = x.exp(), x.device
+    parts = _parts(numbers, torch.ones(len(x)) if top_p is None else top_p, sets, device)
+    sums = torch.zeros(2, len(x), dtype=torch.float64, device=device)
+    sums[1] = _blocks(weights).sum(1)
+    cumulated = [_Cumulated(p.local.select(p.take(weights))) for p in parts]
+    for part, cumulative in zip(parts, cumulated, strict=True):
+        sums[0, part.rows] = cumulative.mass
+    shares = _gathered(sums, shard)
+    total, bounds = shares[:, 1].sum(0), shares[:, 0].cumsum(0)
+    found = torch.zeros(2, len(x), dtype=torch.float64, device=device)
+    for part, cumulative in zip(parts, cumulated, strict=True):
+        if part.top_p < 1:
+            column, mine = _from_top(part, part.take(x), bounds[-1], uniforms, shard)
+        else:
+            column, mine = _from_all(part, cumulative, bounds, uniforms, shard)
+        rows = part.rows[mine]
+        found[0, rows] = (column + shard.start).double()
+        found[1, rows] = x[rows, column].double()
     if shard.group is not None:
-        rank = shard.group.rank()
-        both = torch.stack((mass, total))
-        gathered = [torch.empty_like(both) for _ in range(shard.group.size())]
-        dist.all_gather(gathered, both, group=shard.group)
-        stacked = torch.stack(gathered)
-        shares, total = stacked[:, 0], stacked[:, 1].sum(0)
-    bounds = shares.cumsum(0)
-    target = uniforms.nan_to_num(0.0) * bounds[-1]
-    owner = _pick(bounds.T.contiguous(), target)
-    chosen = torch.zeros(2, len(x), dtype=torch.float64, device=device)
-    for rows, cumulative, part in parts:
-        rows, cumulative = _mine(rows, cumulative, owner == rank)
-        if not rows.numel() or not cumulative.size(1):
-            continue
-        before = bounds[rank, rows] - shares[rank, rows]
-        column = part.column(_pick(cumulative, target[rows] - before))
-        chosen[0, rows] = (column + shard.start).double()
-        chosen[1, rows] = x[rows, column].double()
-    if shard.group is not None:
-        dist.all_reduce(chosen, group=shard.group)
+        dist.all_reduce(found, group=shard.group)
     nothing = uniforms.isnan() | (bounds[-1] == 0)
     return Drawn(
         (bounds[-1] / total).log(),
-        chosen[0].long().masked_fill(nothing, -1),
-        (chosen[1] - total.log()).masked_fill(nothing, torch.nan),
+        found[0].long().masked_fill(nothing, -1),
+        (found[1] - total.log()).masked_fill(nothing, torch.nan),
     )
 
 
-def _mine(rows: Tensor, cumulative: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows whose draw falls into this process's columns."""
-    here = owned[rows]
-    return rows[here], cumulative[here]
+def _gathered(x: Tensor, shard: VocabShard) -> Tensor:
+    """`x` of every process of the group, in order: `[processes, ...]`."""
+    if shard.group is None:
+        return x.unsqueeze(0)
+    parts = [torch.empty_like(x) for _ in range(shard.group.size())]
+    dist.all_gather(parts, x.contiguous(), group=shard.group)
+    return torch.stack(parts)
+
+
+def _from_all(
+    part: _Part, cumulative: _Cumulated, bounds: Tensor, uniforms: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Draws from a whole set. `bounds` float64 [processes, n]: mass of the set up to the end of each process.
+
+    Returns columns [draws of this process] and which rows of the part they are of, bool.
+    """
+    own = bounds[:, part.rows]
+    target = uniforms[part.rows].nan_to_num(0.0) * own[-1]
+    rank = 0 if shard.group is None else shard.group.rank()
+    mine = (_pick(own.T.contiguous(), target) == rank) & (own[-1] > 0)
+    before = own[rank - 1] if rank else torch.zeros_like(target)
+    rows = mine.nonzero().squeeze(1)
+    if not len(rows):
+        return rows, mine
+    return part.local.column(cumulative.pick(rows, (target - before)[rows])), mine
+
+
+def _from_top(part: _Part, x: Tensor, mass: Tensor, uniforms: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Draws from the most probable ids of a set, as `_from_all`; every process finds them among all candidates.
+
+    Only the most probable ids of each process are exchanged: what it leaves out is no more probable than the least of
+    them, so the smallest set is known as soon as the ids above that hold enough. `x` [rows of the part, columns].
+    """
+    wanted = part.top_p * mass[part.rows]
+    count = 1 if part.top_p == 0 else CANDIDATES
+    while True:
+        found = _candidates(part.local, x, count, shard)
+        weights = found.values.exp().double()
+        cumulative = weights.cumsum(1)
+        # The id that reaches the wanted mass is the last one.
+        last = torch.minimum((cumulative < wanted.unsqueeze(1)).sum(1, keepdim=True), _last_positive(cumulative))
+        if part.top_p == 0 or bool((found.values.gather(1, last) > found.left_out).all()):
+            break
+        count *= 4
+    kept = torch.arange(weights.size(1), device=x.device) <= last
+    ids, order = found.ids.masked_fill(~kept, torch.iinfo(torch.int64).max).sort(1)
+    inside = weights.masked_fill(~kept, 0.0).gather(1, order).cumsum(1)
+    target = uniforms[part.rows].nan_to_num(0.0) * inside[:, -1]
+    column = ids.gather(1, _pick(inside, target).unsqueeze(1)).squeeze(1) - shard.start
+    mine = (column >= 0) & (column < x.size(1)) & (mass[part.rows] > 0)
+    return column[mine], mine
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The most probable ids of a set, the most probable first and the lower ids first among equals."""
+
+    values: Tensor
+    """fp32 [rows, candidates]: logarithms of their weights, falling."""
+    ids: Tensor
+    """int64 [rows, candidates], of the vocabulary; meaningless where the value is -inf."""
+    left_out: Tensor
+    """fp32 [rows, 1]: nothing that is no candidate is above this; -inf when all are."""
+
+
+def _candidates(local: LocalSet, x: Tensor, count: int, shard: VocabShard) -> _Candidates:
+    """At least the `count` most probable ids of a set in the whole vocabulary."""
+    own = local.scores(x)
+    width = own.size(1)
+    if count == 1 and width:
+        # Of equals the first, which `topk` does not promise.
+        values, index = own.max(1, keepdim=True)
+    else:
+        values, index = own.topk(min(count, width))
+    left_out = values[:, -1:] if width > count else x.new_full((len(x), 1), -torch.inf)
+    missing = count - values.size(1)
+    ids = local.column(index) + shard.start
+    if shard.group is not None:
+        padding = (0, max(0, missing))
+        values = torch.nn.functional.pad(values, padding, value=-torch.inf)
+        ids = torch.nn.functional.pad(ids, padding)
+        values, left_out = (_gathered(t, shard) for t in (values, left_out))
+        values, left_out = values.transpose(0, 1).flatten(1), left_out.amax(0)
+        ids = _gathered(ids, shard).transpose(0, 1).flatten(1)
+    ids, order = ids.sort(1)
+    values, falling = values.gather(1, order).sort(stable=True, dim=1, descending=True)
+    return _Candidates(values, ids.gather(1, falling), left_out)

@@ -172,7 +172,8 @@ class PromptEngine:
             log_probs = self._model.next_log_probs([text for text, _ in some])
             numbers = torch.tensor([q.token_set for _, q in some])
             uniforms = torch.tensor([np.nan if q.uniform is None else q.uniform for _, q in some], dtype=torch.float64)
-            parts.append(answer_queries(log_probs, self._sets, numbers, uniforms, self._vocab, temperature))
+            top_p = torch.tensor([q.top_p for _, q in some], dtype=torch.float64)
+            parts.append(answer_queries(log_probs, self._sets, numbers, uniforms, self._vocab, temperature, top_p))
         empty = torch.zeros(0, dtype=torch.float64)
         return Drawn(
             torch.cat([empty, *(p.log_masses for p in parts)]),

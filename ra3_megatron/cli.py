@@ -1,7 +1,8 @@
 """The command `ra3`: one subcommand per job a user has.
 
 Nothing heavy is imported before a command runs, so that `ra3 --help` answers at once.
-Exit codes: 0 done, 1 a bug or a crash (with traceback), 2 an error the user can cure (one line), 130 Ctrl-C.
+Exit codes: 0 done, 1 a bug or a crash (with traceback), 2 an error the user can cure (one line), 85 saved on request
+and fit to go on, 86 saved since the stop file is there, 130 Ctrl-C; more in `ra3_megatron.config.control`.
 """
 
 import signal
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from ra3_megatron.config.control import EXIT_USER, Interrupted, write_outcome
 from ra3_megatron.config.errors import UserError
 
 GRACE_S = 3.0
@@ -83,6 +85,9 @@ def midtrain(
     ] = None,
     arm: Annotated[str | None, typer.Option(help="Arm of that stage; the first of run.arms unless given.")] = None,
     round: Annotated[int | None, typer.Option(min=1, help="EM round of that stage; 1 unless given.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="With --stage generate: draw this part of the shards alone, such as 3/16.")
+    ] = None,
     status: Annotated[bool, typer.Option("--status", help="Print which stages are done, and start nothing.")] = False,
 ) -> None:
     """Train a model: corpus in, trained model and report out. Run it again to go on where it stopped."""
@@ -105,7 +110,8 @@ def midtrain(
         return
     if stage is None and (arm is not None or round is not None):
         raise UserError("--arm and --round say which stage is meant; give --stage too")
-    pipeline.run(run_config, accept_changes, pipeline.Only(stage, arm, round) if stage is not None else None)
+    shards = pipeline.parse_part(part, stage)
+    pipeline.run(run_config, accept_changes, pipeline.Only(stage, arm, round, shards) if stage is not None else None)
 
 
 @app.command(no_args_is_help=True)
@@ -225,5 +231,10 @@ def main() -> None:
     try:
         app(prog_name="ra3")
     except UserError as error:
+        write_outcome(EXIT_USER, " ".join(str(error).split()))
         report_user_error(error)
-        sys.exit(2)
+        sys.exit(EXIT_USER)
+    except Interrupted as wish:
+        write_outcome(wish.code, wish.reason)
+        say(f"left: {wish.reason}")
+        sys.exit(wish.code)

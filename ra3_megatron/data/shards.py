@@ -79,16 +79,19 @@ class ShardFolder:
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"shard-{number:06d}.{kind}"
 
-    def finished(self, shards: Sequence[Shard]) -> list[int]:
-        """Numbers of the shards that are on disk, whole and of this key; call it while nobody writes.
+    def finished(self, shards: Sequence[Shard], alone: bool = True) -> list[int]:
+        """Numbers of the shards that are on disk, whole and of this key; call it while nobody writes one of `shards`.
 
-        Leftovers of killed writers are removed, and the `.json` of shards that do not count.
+        Leftovers of killed writers are removed, and the `.json` of shards that do not count: all of them, or without
+        `alone` those of `shards`, since other jobs may be at work on the rest.
         """
         found = [shard.number for shard in shards if self._facts(shard) is not None and self._whole(shard)]
         kept = {self._path(number, "json") for number in found}
-        for path in [*self.folder.glob(".shard-*.tmp"), *self.folder.glob("shard-*.json")]:
-            if path not in kept:
-                path.unlink()
+        names = ["*"] if alone else [f"{shard.number:06d}" for shard in shards]
+        for name in names:
+            for path in [*self.folder.glob(f".shard-{name}.*.tmp"), *self.folder.glob(f"shard-{name}.json")]:
+                if path not in kept:
+                    path.unlink()
         return found
 
     def count(self) -> int:

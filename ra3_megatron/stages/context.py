@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ra3_megatron.config.architecture import Architecture
@@ -9,6 +10,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import Layout
 from ra3_megatron.parallel.collectives import broadcast_object, raise_everywhere
 from ra3_megatron.parallel.groups import Parallel
+from ra3_megatron.stages.interrupt import Interrupt
 from ra3_megatron.stages.run_folder import RunFolder, StageFolder, new_attempt
 
 
@@ -26,6 +28,11 @@ class Context:
     """Groups and device."""
     folder: RunFolder
     """The run's folder, shared by all nodes."""
+
+    @cached_property
+    def interrupt(self) -> Interrupt:
+        """Where the stages' loops ask whether to save and leave, and say that they live."""
+        return Interrupt(self.parallel, self.folder.path, self.config.parallel.timeout_s)
 
     def say(self, text: str) -> None:
         """Print a line, on one process."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ra3_megatron.checkpoint.weights import load_weights, read_done
+from ra3_megatron.config.control import PARTS_FOLDER, Interrupted, part_name
 from ra3_megatron.config.estimate import flops
 from ra3_megatron.config.files import atomic_write_text
 from ra3_megatron.data.bootstrapped import SHARDS, join_shards, open_joined
@@ -28,7 +29,7 @@ from ra3_megatron.data.shards import PARTS, Shard, ShardContent, ShardFolder, pl
 from ra3_megatron.data.store import to_columns
 from ra3_megatron.data.trajectory import Kind, Trajectory
 from ra3_megatron.model.factory import build_model
-from ra3_megatron.parallel.collectives import raise_everywhere
+from ra3_megatron.parallel.collectives import all_reduce_max, raise_everywhere
 from ra3_megatron.parallel.groups import seed_everything
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.rollout.engine import RolloutEngine
@@ -53,6 +54,16 @@ _SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward", "vllm_memory")
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of several jobs that share the shards of a stage between them."""
+
+    number: int
+    """From 0."""
+    count: int
+    """Jobs there are."""
+
+
+@dataclass(frozen=True)
 class GenerateInputs:
     """What thoughts are drawn for, and from which model."""
 
@@ -66,6 +77,8 @@ class GenerateInputs:
     """Rollouts per snippet."""
     resample: bool = False
     """Keep one of them by its importance weight (arm `bolt`)."""
+    part: Part | None = None
+    """Draw only this part of the shards and join nothing; none = all of them, joined."""
 
 
 def run_generate(context: Context, stage: StageFolder, inputs: GenerateInputs) -> dict[str, Any]:
@@ -74,16 +87,18 @@ def run_generate(context: Context, stage: StageFolder, inputs: GenerateInputs) -
     Result: `snippets`, `thoughts`, `think_rate` (of the decisions offered), `thought_tokens` (mean length),
     `kept_bare`, `rollout_tokens`, `flops`, `fingerprint`, `corpus` and `dataset` (places in the stage's folder),
     `seconds` (of all replicas together), `tokens_per_second`; with resampling also `effective_samples` and
-    `multi_sample_bound` (nats per code token). `data/report.json` has all counts by part.
+    `multi_sample_bound` (nats per code token). `data/report.json` has all counts by part. With `inputs.part` the result
+    is empty, and a stage without a part joins what the parts have made. Raises Interrupted when asked to leave: the
+    shards that are finished stay.
     """
     data = stage.path / "data"
     if not stage.done:
         context.on_main("log folder", lambda: new_attempt(stage) and None)
         job = _Job(context, stage, inputs)
-        # The end of this block waits for the slowest replica.
-        seconds = context.config.parallel.setup_timeout_s
-        with raise_everywhere(context.parallel.world, "rationale generation", seconds):
-            job.draw()
+        _draw_together(context, job)
+        if inputs.part is not None:
+            context.on_main("end of this part", lambda: mark_part(stage.path, inputs.part))
+            return {}
         context.on_main("join of the shards", lambda: job.finish(data))
 
     def end() -> dict[str, Any]:
@@ -92,6 +107,23 @@ def run_generate(context: Context, stage: StageFolder, inputs: GenerateInputs) -
         return stage.result()
 
     return context.on_main(f"result of {stage.path.name}", end)
+
+
+def _draw_together(context: Context, job: "_Job") -> None:
+    """Every replica draws its shards. Raises Interrupted on all when one of them was asked to leave."""
+    # The end of this block waits for the slowest replica.
+    seconds, world = context.config.parallel.setup_timeout_s, context.parallel.world
+    with raise_everywhere(world, "rationale generation", seconds):
+        reason = job.draw()
+        context.interrupt.beat("waiting for the other replicas", seconds)
+    if code := all_reduce_max(world, reason.code if reason else 0, "whether a replica left"):
+        raise reason or Interrupted("another replica was asked to leave", code)
+
+
+def mark_part(stage_path: Path, part: Part | None) -> None:
+    """Say that all shards of `part` are there."""
+    assert part is not None
+    atomic_write_text(stage_path / PARTS_FOLDER / part_name(part.number, part.count), "")
 
 
 def open_bootstrapped(stage_path: Path | str) -> PreparedCorpus:
@@ -135,26 +167,42 @@ class _Job:
 
     # ---------------------------------------------------------------- drawing
 
-    def draw(self) -> None:
-        """Make this replica's missing shards."""
-        parallel = self.context.parallel
-        finished = set(self.context.on_main("finished shards", lambda: self.shards.finished(self.plan)))
-        mine = [s for s in self.plan if s.number % parallel.sizes.data == parallel.data_rank]
+    def draw(self) -> Interrupted | None:
+        """Make this replica's missing shards; returns why it left before the last of them, if it was asked to."""
+        parallel, part = self.context.parallel, self.inputs.part
+        finished = set(self.context.on_main("finished shards", self._finished))
+        mine = [s for s in self.plan if self._owner(s) == parallel.data_rank]
         missing = [s for s in mine if s.number not in finished]
         done = sum(s.end - s.start for s in self.plan if s.number in finished)
-        if finished and len(finished) < len(self.plan):
+        if part is None and finished and len(finished) < len(self.plan):
             self.context.say(f"{len(finished)} of {len(self.plan)} shards are there already")
         if not missing:
-            return
+            return None
         engine = self._engine()
         writes = parallel.group("mp").rank == 0
         with _Told(self, done) as told:
-            for shard in missing:
+            for made, shard in enumerate(missing, start=1):
                 parallel.mark(f"shard {shard.number}")
                 content = self._make(engine, shard)
                 if writes:
                     self.shards.write(shard, content)
                 told.shard(shard, content.counts)
+                # Replicas do not wait for one another here: each decides for itself.
+                reason = self.context.interrupt.requested(made, parallel.group("mp"))
+                if reason and made < len(missing):
+                    return reason
+        return None
+
+    def _owner(self, shard: Shard) -> int:
+        """Replica of this job that makes `shard`; -1 = another job does."""
+        replicas, part = self.context.parallel.sizes.data, self.inputs.part
+        job, replica = divmod(shard.number % (replicas * (part.count if part else 1)), replicas)
+        return replica if job == (part.number if part else 0) else -1
+
+    def _finished(self) -> list[int]:
+        """Shards that are there, of those this job makes; on one process."""
+        own = [s for s in self.plan if self._owner(s) >= 0]
+        return self.shards.finished(own, alone=self.inputs.part is None)
 
     def _engine(self) -> RolloutEngine:
         c, parallel, architecture = self.context.config, self.context.parallel, self.context.architecture

@@ -12,6 +12,9 @@ SHARED = ("import", "prepare", "prepare-base", "base", "export", "measure")
 OF_ARMS = ("variational", "generate", "sft", "ntp")
 """Stages of an arm; all but `ntp` come once per round."""
 
+ONE_PROCESS = ("import", "prepare", "prepare-base", "export")
+"""Stages that one process does, while others would only wait: a job of its own takes one, whatever the layout."""
+
 
 @dataclass(frozen=True)
 class Node:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
+from ra3_megatron.config.sections import ParallelConfig
 from ra3_megatron.config.validate import resolve_layout
 from ra3_megatron.data.prepare import PreparedCorpus, open_prepared
 from ra3_megatron.model.factory import choose_layers
@@ -20,9 +21,10 @@ from ra3_megatron.parallel.launch import launch_from_env
 from ra3_megatron.report.run_report import build_report
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.dry_run import declared_architecture
-from ra3_megatron.stages.generate import GenerateInputs, open_bootstrapped, run_generate
-from ra3_megatron.stages.graph import Node, find, graph
+from ra3_megatron.stages.generate import GenerateInputs, Part, open_bootstrapped, run_generate
+from ra3_megatron.stages.graph import ONE_PROCESS, Node, find, graph
 from ra3_megatron.stages.inputs import export_model, import_model, prepare_base, prepare_corpus
+from ra3_megatron.stages.interrupt import listen
 from ra3_megatron.stages.measure import ArmOutcome, MeasureInputs, run_measure
 from ra3_megatron.stages.run_folder import RunFolder, StageFolder
 from ra3_megatron.stages.sft import SftInputs, run_sft
@@ -39,6 +41,8 @@ class Only:
     """Arm; none = the first that has such a stage."""
     round: int | None = None
     """EM round, from 1; none = the first."""
+    part: Part | None = None
+    """For `generate`: draw this part of the shards alone, and join nothing."""
 
 
 def run(config: RunConfig, accept_changes: bool = False, only: Only | None = None) -> Path:
@@ -53,27 +57,60 @@ def run(config: RunConfig, accept_changes: bool = False, only: Only | None = Non
             f"no base model at model.source {config.model.source}; download it there (a Hugging Face folder or a GGUF "
             "file), or leave model.source out to start from random weights"
         )
-    layout = resolve_layout(config, launch.world, architecture)
     chosen = graph(config) if only is None else (find(config, only.stage, only.arm, only.round),)
+    sizes = _sizes(config, only, launch.world)
+    layout = resolve_layout(replace(config, parallel=sizes), launch.world, architecture)
     choose_layers(config.model)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # Megatron's advice to its callers about deprecated and experimental parts is nothing a user could follow.
     logging.getLogger("megatron.core.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    with initialize(config.parallel, launch) as parallel, ExitStack() as held:
+    listen()
+    with initialize(sizes, launch) as parallel, ExitStack() as held:
         context = Context(config, architecture, layout, parallel, RunFolder(Path(config.run.dir)))
 
         def claim() -> None:
-            held.enter_context(context.folder.locked())
+            held.enter_context(context.folder.locked(_work(chosen[0], only) if only else ""))
             context.folder.claim(config, accept_changes)
 
         context.on_main("configuration", claim)
-        job = _Job(context)
+        job = _Job(context, only.part if only else None)
         for node in chosen:
+            context.interrupt.begin(node.name, None if node.kind in STEPPING else config.parallel.setup_timeout_s)
             job.run(node)
+        context.interrupt.begin("report")
         report = context.on_main("report", lambda: build_report(context.folder.path))
         job.say_results(report)
         return report
+
+
+def parse_part(text: str | None, stage: str | None) -> Part | None:
+    """`3/16` as part 3 of the parts 0 to 15. Raises UserError for anything else, and for stages without shards."""
+    if text is None:
+        return None
+    if stage != "generate":
+        raise UserError(f"--part {text} without --stage generate; only its shards are shared between jobs")
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise UserError(f"--part {text}; give number/count, the number from 0 to count - 1, such as 3/16")
+    return Part(int(number), int(count))
+
+
+STEPPING = ("base", "ntp", "variational", "sft", "rlvr")
+"""Stages whose loop is heard of at every step; others may be silent as long as a setting up may take."""
+
+
+def _sizes(config: RunConfig, only: Only | None, world: int) -> ParallelConfig:
+    """The run's parallel sizes, or none at all for one process that does what needs no more."""
+    join = only is not None and only.stage == "generate" and only.part is None
+    if world > 1 or only is None or not (only.stage in ONE_PROCESS or join):
+        return config.parallel
+    return replace(config.parallel, tensor=1, pipeline=1, virtual_pipeline=None, context=1, data=None, sequence=False)
+
+
+def _work(node: Node, only: Only) -> str:
+    """Name of what a job does alone in the run's folder."""
+    return node.name if only.part is None else f"{node.name}-{only.part.number}"
 
 
 def status(config: RunConfig) -> str:
@@ -98,8 +135,8 @@ def status(config: RunConfig) -> str:
 class _Job:
     """Runs stages of the graph and knows where the outcome of each lies."""
 
-    def __init__(self, context: Context) -> None:
-        self.context, self.config = context, context.config
+    def __init__(self, context: Context, part: Part | None = None) -> None:
+        self.context, self.config, self.part = context, context.config, part
         self.nodes = {node.name: node for node in graph(context.config)}
         self.folders = {name: context.folder.stage(n, name) for n, name in enumerate(self.nodes)}
         self._opened: dict[Path, PreparedCorpus] = {}
@@ -181,7 +218,9 @@ class _Job:
     def _generate(self, node: Node, stage: StageFolder) -> None:
         bolt = node.arm == "bolt"
         samples = self.config.generate.bolt_samples if bolt else 1
-        inputs = GenerateInputs(self._corpus(), self._policy(node), node.round, samples=samples, resample=bolt)
+        inputs = GenerateInputs(
+            self._corpus(), self._policy(node), node.round, samples=samples, resample=bolt, part=self.part
+        )
         run_generate(self.context, stage, inputs)
 
     def _sft(self, node: Node, stage: StageFolder) -> None:

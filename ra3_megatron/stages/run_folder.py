@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -102,29 +102,33 @@ class RunFolder:
             config.save(saved)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, only: str = "") -> Iterator[None]:
         """Keep a second job out of the folder while the block runs; on one rank.
 
-        The lock dies with the process, so a killed run leaves none behind. Raises UserError naming who holds it.
+        With `only`, the name of a piece of work, other pieces may go on beside it: jobs of a chain that do not need one
+        another. The lock dies with the process, so a killed run leaves none behind. Raises UserError naming who holds
+        it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by the block below
-        except OSError as error:
-            raise self._unwritable(error) from None
-        with file:
-            if self._lock(file):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}")
-                file.flush()
+        wanted = [(".lock", fcntl.LOCK_SH), (f".lock-{only}", fcntl.LOCK_EX)] if only else [(".lock", fcntl.LOCK_EX)]
+        with ExitStack() as held:
+            for name, kind in wanted:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    file = held.enter_context(open(self.path / name, "a+", encoding="utf-8"))
+                except OSError as error:
+                    raise self._unwritable(error) from None
+                if self._lock(file, kind) and kind == fcntl.LOCK_EX:
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
             yield
 
-    def _lock(self, file: TextIO) -> bool:
+    def _lock(self, file: TextIO, kind: int) -> bool:
         """Whether the lock could be taken; False on file systems that have none."""
         end = time.monotonic() + LOCK_PATIENCE_S
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
                 # A job that was just killed may take a moment to die.
@@ -154,16 +158,26 @@ def new_attempt(stage: StageFolder) -> Path:
     """Make `logs/<attempt>` with an account of the environment and point `logs/latest` to it; on one rank."""
     logs = stage.path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    taken = [int(p.name) for p in logs.iterdir() if p.name.isdigit()]
-    attempt = logs / f"{max(taken, default=0) + 1:04d}"
-    attempt.mkdir()
+    attempt = _next_attempt(logs)
     write_environment(attempt)
     latest = logs / "latest"
     if latest.is_dir() and not latest.is_symlink():
         # A run folder copied without its links: the copy is kept under another name.
         os.replace(latest, logs / f"copied-{attempt.name}")
-    link = logs / ".latest.tmp"
+    link = logs / f".latest.{attempt.name}.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(attempt.name)
     os.replace(link, latest)
     return attempt
+
+
+def _next_attempt(logs: Path) -> Path:
+    """A new numbered folder; jobs of an array may ask at the same moment."""
+    while True:
+        taken = [int(p.name) for p in logs.iterdir() if p.name.isdigit()]
+        attempt = logs / f"{max(taken, default=0) + 1:04d}"
+        try:
+            attempt.mkdir()
+        except FileExistsError:
+            continue
+        return attempt

@@ -184,8 +184,17 @@ class _Trainer:
                 if step == self.total or step % c.checkpoint.interval == 0:
                     self._report(self._save(step), progress)
                 self._report(self.store.poll(), progress)
+                if step < self.total and (reason := self.context.interrupt.requested(step)):
+                    self._save_at_once(step, progress)
+                    raise reason
             self._report(self.store.drain(), progress)
         return self._result()
+
+    def _save_at_once(self, step: int, progress: Progress) -> None:
+        """A checkpoint of `step` on disk before this returns, unless it is there already."""
+        if step % self.config.checkpoint.interval:
+            self._report(self._save(step), progress)
+        self._report(self.store.drain(), progress)
 
     def _prefetched(self, source: Iterator[RankBatch]) -> Iterator[tuple[list[TrainBatch], SamplerState]]:
         """Micro-batches of the coming steps, the next one made while a step runs."""
@@ -274,6 +283,7 @@ class _Trainer:
 
     def _save(self, step: int) -> SaveEvent | None:
         engine = self.engine
+        self.context.interrupt.beat("save", self.config.checkpoint.timeout_s)
         return self.store.save(step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
 
     def _report(self, event: SaveEvent | None, progress: Progress) -> None:

@@ -160,9 +160,14 @@ class EStep:
                 before = self.state.step
                 self._draw_and_learn(progress)
                 interval = self.v.checkpoint_interval
-                if not self.finished and self.state.step // interval > before // interval:
+                saved = not self.finished and self.state.step // interval > before // interval
+                if saved:
                     self._report(self._save(), progress)
                 self._report(self.store.poll(), progress)
+                if not self.finished and (reason := self.context.interrupt.requested(self.state.step)):
+                    self._report(None if saved else self._save(), progress)
+                    self._report(self.store.drain(), progress)
+                    raise reason
             if not self.state.data["ended"]:
                 self._probe("after", progress)
                 self.state = replace(self.state, data={**self.state.data, "ended": True})
@@ -317,6 +322,7 @@ class EStep:
 
     def _save(self) -> SaveEvent | None:
         engine = self.policy.engine
+        self.context.interrupt.beat("save", self.config.checkpoint.timeout_s)
         return self.store.save(self.state.step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
 
     def _report(self, event: SaveEvent | None, progress: Progress) -> None:

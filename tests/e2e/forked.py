@@ -91,11 +91,22 @@ class ForkServer:
         return ended
 
     def cli(
-        self, args: list[str], *, world: int = 1, timeout: float = 120, kill_when: tuple[Path, str] | None = None
+        self,
+        args: list[str],
+        *,
+        world: int = 1,
+        timeout: float = 120,
+        kill_when: tuple[Path, str] | None = None,
+        variables: dict[str, str] | None = None,
     ) -> list[Ended]:
-        """`ra3 ARGS` on `world` ranks. `kill_when` = (folder, glob): SIGKILL to all as soon as a path matches."""
+        """`ra3 ARGS` on `world` ranks. `kill_when` = (folder, glob): SIGKILL to all as soon as a path matches.
+
+        `variables` are added to the environment.
+        """
         when = None if kill_when is None else [str(kill_when[0]), kill_when[1]]
-        return self._job({"args": args, "world": world, "timeout": timeout, "kill_when": when})
+        return self._job(
+            {"args": args, "world": world, "timeout": timeout, "kill_when": when, "variables": variables or {}}
+        )
 
     def call(self, target: str, arguments: dict[str, Any], *, world: int = 1, timeout: float = 120) -> list[Any]:
         """What `module:function`, given `arguments` as keywords, returned on each rank; fails if one raised."""
@@ -141,7 +152,7 @@ def _child(job: dict[str, Any], rank: int, port: int) -> None:
     code = 1
     try:
         os.setsid()
-        os.environ.update(_place(rank, job["world"], port))
+        os.environ.update(_place(rank, job["world"], port) | job.get("variables", {}))
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{job['folder']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT, 0o644), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -40,14 +40,15 @@ def _shifted(logits: Tensor, shard: VocabShard, temperature: float, consume: boo
     With `consume` the result may take the place of the logits.
     """
     x = logits.float()
-    x = x / temperature if temperature != 1.0 else x
+    in_place = consume or x.data_ptr() != logits.data_ptr()
+    if temperature != 1.0:
+        x, in_place = (x.div_(temperature) if in_place else x / temperature), True
     valid = shard.valid_columns(x.size(-1))
     if valid:
         maximum = x[..., :valid].amax(-1)
     else:
         maximum = torch.full(x.shape[:-1], -torch.inf, dtype=x.dtype, device=x.device)
     _all_reduce(maximum, dist.ReduceOp.MAX, shard.group)
-    in_place = consume or x.data_ptr() != logits.data_ptr()
     x = x.sub_(maximum.unsqueeze(-1)) if in_place else x - maximum.unsqueeze(-1)
     if valid < x.size(-1):
         x[..., valid:] = -torch.inf

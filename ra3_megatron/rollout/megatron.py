@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from ra3_megatron.algo.logprobs import VocabShard, token_log_probs
+from ra3_megatron.algo.logprobs import token_log_probs
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.model.factory import unwrap
@@ -26,6 +26,7 @@ from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.cache import ChunkCache, Layout, Run
 from ra3_megatron.rollout.engine import Answer, EngineCounters, Extend
 from ra3_megatron.rollout.sampling import LocalSet, answer_queries
+from ra3_megatron.training.schedule import vocabulary_shard
 
 LOGIT_ROWS = 1024
 """Tokens whose logits exist at once; bounds memory, 0.6 GB in fp32 at a vocabulary of 152 k."""
@@ -104,10 +105,8 @@ class MegatronEngine:
         self._free = list(range(max_batch - 1, -1, -1))
         self._next_row = 0
         sizes = parallel.sizes
-        columns = unwrap(chunks[-1]).vocab_size // sizes.tensor
-        self._columns = columns
-        group = parallel.pg_collection.tp if sizes.tensor > 1 else None
-        self._vocab = VocabShard(columns * parallel.tensor_rank, architecture.vocab_size, group)
+        self._columns = unwrap(chunks[-1]).vocab_size // sizes.tensor
+        self._vocab = vocabulary_shard(chunks, architecture, parallel)
         self._sets: list[LocalSet] = []
         self._set_numbers: dict[bytes, int] = {}
         self._replica = parallel.group("mp")

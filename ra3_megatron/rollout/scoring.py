@@ -1,7 +1,7 @@
-"""Log-probabilities of expert lines by teacher forcing, in packed windows through Megatron's schedule.
+"""Log-probabilities by teacher forcing, in packed windows through Megatron's schedule: of expert lines, of labels.
 
 What a frozen scorer, the policy in training or a model under measurement says about texts that are there already, with
-or without thoughts; nothing is sampled. Temperature 1 throughout.
+or without thoughts; nothing is sampled. Lines are scored at temperature 1, labels at any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,23 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ra3_megatron.algo.decision import TokenSets, decide
-from ra3_megatron.algo.logprobs import VocabShard, token_log_probs
+from ra3_megatron.algo.logprobs import token_log_probs
 from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.data.batch import TrainBatch, context_parallel_indices, context_parallel_slice
+from ra3_megatron.data.batch import TrainBatch
 from ra3_megatron.data.latent import ThinkTokens
 from ra3_megatron.data.packing import TrainSequence, padded
 from ra3_megatron.data.trajectory import Kind, Trajectory
 from ra3_megatron.model.factory import unwrap
-from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.engine import EngineCounters
 from ra3_megatron.training.actions import ROWS, THINK_SET
-from ra3_megatron.training.schedule import pack_micro_batches, run_schedule
+from ra3_megatron.training.schedule import forward_only, pack_micro_batches, vocabulary_shard
 
 
 def _deciding(trajectory: Trajectory) -> dict[int, tuple[int, int]]:
@@ -93,9 +92,7 @@ class LineScorer:
         config_of_model: Any = unwrap(chunks[0]).config
         # All windows have one length: pipeline stages need not tell each other shapes.
         config_of_model.variable_seq_lengths = False
-        columns = unwrap(chunks[-1]).vocab_size // parallel.sizes.tensor
-        group = parallel.pg_collection.tp if parallel.sizes.tensor > 1 else None
-        self._vocab = VocabShard(columns * parallel.tensor_rank, architecture.vocab_size, group)
+        self._vocab = vocabulary_shard(chunks, architecture, parallel)
 
     # ---------------------------------------------------------------- lines
 
@@ -163,7 +160,6 @@ class LineScorer:
         """
         return self._scored(texts, [{} for _ in texts])[0]
 
-    @torch.no_grad()
     def _scored(
         self, texts: Sequence[np.ndarray], deciding: Sequence[Mapping[int, tuple[int, int]]]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -188,30 +184,9 @@ class LineScorer:
     def _run(self, batches: Sequence[TrainBatch]) -> np.ndarray:
         """All processes of the replica: log-probability of every label of the micro-batches, and log(1 - p_think) where
         it decides, float64 [2, positions]."""
-        parallel, sizes = self._parallel, self._parallel.sizes
-        replica = parallel.group("mp")
-        parallel.mark("scoring")
-        for chunk in self._chunks:
-            chunk.eval()
-        local = [context_parallel_slice(b, parallel.context_rank, sizes.context) for b in batches]
-        with explain_timeouts(replica, "scoring"):
-            stored = run_schedule(parallel, self._chunks, local, self._keep, forward_only=True)
-            shape = (len(batches), 2, batches[0].input_ids.numel())
-            found = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
-            if parallel.is_last_stage:
-                for row, batch, values in zip(found, batches, stored, strict=True):
-                    if sizes.context == 1:
-                        row.copy_(values)
-                    else:
-                        index = context_parallel_indices(batch.cu_seqlens, parallel.context_rank, sizes.context)
-                        row[:, index.to(parallel.device)] = values.double()
-                if sizes.context > 1:
-                    dist.all_reduce(found, group=parallel.pg_collection.cp)
-            if sizes.pipeline > 1:
-                group = parallel.pg_collection.pp
-                dist.broadcast(found, src=dist.get_process_group_ranks(group)[-1], group=group)
+        found = forward_only(self._parallel, self._chunks, batches, 2, self._keep, "scoring")
         self.counters.forward_passes += len(batches)
-        self.counters.tokens += shape[0] * shape[2]
+        self.counters.tokens += len(found) * found.size(2)
         return found.transpose(0, 1).reshape(2, -1).cpu().numpy()
 
     def _sets(self, device: torch.device) -> TokenSets:
@@ -220,16 +195,40 @@ class LineScorer:
             self._made = TokenSets.make([self._think_tokens[i].ids for i in range(len(self._think_tokens))], device)
         return self._made
 
-    def _keep(self, number: int, batch: TrainBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """In the place of a loss: the labels' log-probabilities, and those that they begin no thought."""
-        logits = output.squeeze(0)
-        declined = torch.zeros(len(logits), device=output.device)
+    def _keep(self, batch: TrainBatch, logits: Tensor) -> Tensor:
+        """The labels' log-probabilities, and those that they begin no thought."""
+        declined = torch.zeros(len(logits), device=logits.device)
         rows = batch.extras[THINK_SET].nonzero().squeeze(1)
         if len(rows):
-            sets = self._sets(output.device)
+            sets = self._sets(logits.device)
             for part in rows.split(ROWS):
                 which = batch.extras[THINK_SET][part].long() - 1
                 declined[part] = decide(logits[part], sets, which, self._vocab).log_act
-        scores = torch.stack((token_log_probs(logits, batch.labels, self._vocab, consume=True).float(), declined))
-        zero = torch.zeros((), device=output.device)
-        return zero, torch.ones((), dtype=torch.int, device=output.device), scores
+        return torch.stack((token_log_probs(logits, batch.labels, self._vocab, consume=True).float(), declined))
+
+
+def score_labels(
+    chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    parallel: Parallel,
+    batches: Sequence[TrainBatch],
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """Log-probability of every label of this replica's micro-batches after `temperature`, nats.
+
+    What a training engine on the same `chunks` would read, without gradients: log-probs of the policy before an update
+    or of a reference. `batches` as for `TrainEngine.train_step`; with `overlap_param_gather`, call
+    `checkpoint.capture.synchronise_parameters` after an update and before this. Returns fp32 [tokens] per batch on the
+    batch's device, the same on every process of the replica; labels without weight have some number too.
+    """
+    if temperature <= 0:
+        raise UserError(f"temperature {temperature}; it divides the logits; use a number above 0")
+    config_of_model: Any = unwrap(chunks[0]).config
+    config_of_model.variable_seq_lengths = False
+    vocab = vocabulary_shard(chunks, architecture, parallel)
+
+    def score(batch: TrainBatch, logits: Tensor) -> Tensor:
+        return token_log_probs(logits, batch.labels, vocab, temperature, consume=True).unsqueeze(0)
+
+    found = forward_only(parallel, chunks, batches, 1, score, "scoring of labels")
+    return [row[0].to(batch.labels.device, torch.float32) for row, batch in zip(found, batches, strict=True)]

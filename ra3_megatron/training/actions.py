@@ -101,7 +101,8 @@ class TokenScores:
     """What the model says about every label of a micro-batch; NaN where nothing was computed. All [tokens] fp32."""
 
     log_probs: Tensor
-    """Log-probability of the label at temperature 1, nats."""
+    """Log-probability of the label, nats, at the temperature of the component that reads it:
+    `LossComponent.temperature`, or else the engine's `label_temperature`."""
     action_log_probs: Tensor
     """Log-probability of the action after temperature, nats; at rows of decisions and sampled tokens."""
     log_think: Tensor

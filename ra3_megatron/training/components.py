@@ -35,7 +35,7 @@ PerToken = Callable[[TokenScores, TrainBatch], Values]
 
 @dataclass(frozen=True)
 class LossComponent:
-    """One term of the loss: coefficient x sum(weight x per-token value) / global sum(weight).
+    """One term of the loss: coefficient x sum(weight x per-token value) / global sum(weight of `normaliser`).
 
     With coefficient 0 it is logged only: nothing of it is kept for the backward pass.
     """
@@ -50,6 +50,11 @@ class LossComponent:
     """Which scores it uses: `log_probs`, or all the others of `TokenScores`. What nobody reads is not computed."""
     weights: str = ""
     """Key of the token weights in `TrainBatch.weights`; empty = `name`."""
+    normaliser: str = ""
+    """Key of the weights whose global sum divides, for a term that is not a mean over its tokens (Dr.GRPO's budget of
+    tokens); empty = the component's own. They may lie on any rows."""
+    temperature: float | None = None
+    """The labels' log-probabilities are read at this one; none = the engine's `label_temperature`."""
     sums: tuple[str, ...] = ()
     """Monitors that are summed over all tokens with weight."""
     maxima: tuple[str, ...] = ()
@@ -59,6 +64,11 @@ class LossComponent:
     def weight_key(self) -> str:
         """Key of the token weights in `TrainBatch.weights`."""
         return self.weights or self.name
+
+    @property
+    def normaliser_key(self) -> str:
+        """Key of the weights whose global sum divides."""
+        return self.normaliser or self.weight_key
 
 
 def _extra(batch: TrainBatch, name: str, component: str) -> Tensor:
@@ -75,13 +85,13 @@ def _cross_entropy(scores: TokenScores, _: TrainBatch) -> Values:
 
 
 def cross_entropy_component(coefficient: float = 1.0) -> LossComponent:
-    """Next-token cross-entropy on the tokens weighted under `cross_entropy`, nats."""
-    return LossComponent("cross_entropy", _cross_entropy, coefficient)
+    """Next-token cross-entropy on the tokens weighted under `cross_entropy`, nats, at temperature 1 always."""
+    return LossComponent("cross_entropy", _cross_entropy, coefficient, temperature=1.0)
 
 
 def code_cross_entropy_component() -> LossComponent:
     """Next-token cross-entropy on code alone (weights `code_cross_entropy`), nats; logged only."""
-    return LossComponent("code_cross_entropy", _cross_entropy, 0.0)
+    return LossComponent("code_cross_entropy", _cross_entropy, 0.0, temperature=1.0)
 
 
 def _policy_gradient(config: PolicyLossConfig, reads: str, scores: TokenScores, batch: TrainBatch) -> Values:
@@ -106,9 +116,10 @@ def policy_gradient_component(
     """Policy gradient on the tokens weighted under `policy_gradient`, clipped or truncated.
 
     Of RA3's `actions` (the engine needs an `ActionTable`), or of the `labels` themselves, which a plain language-model
-    policy draws at temperature 1. Reads `behaviour_log_probs`, `advantages` and, when present, `proximal_log_probs`
-    from the batch's extras, all [tokens] and aligned with the labels. Monitors: `clipped`, number of actions whose
-    ratio was clipped or weight truncated; `rollout_gap`, largest |current - behaviour| log-probability, nats.
+    policy draws at the engine's `label_temperature`. Reads `behaviour_log_probs`, `advantages` and, when present,
+    `proximal_log_probs` from the batch's extras, all [tokens], aligned with the labels and at that temperature.
+    Monitors: `clipped`, number of actions whose ratio was clipped or weight truncated; `rollout_gap`, largest
+    |current - behaviour| log-probability, nats.
     """
     per_token = partial(_policy_gradient, config, reads)
     return LossComponent(ACTION, per_token, coefficient, reads, sums=("clipped",), maxima=("rollout_gap",))
@@ -136,5 +147,6 @@ def _reference_kl(estimator: str, scores: TokenScores, batch: TrainBatch) -> Val
 
 
 def reference_kl_component(coefficient: float, estimator: str = "k3") -> LossComponent:
-    """KL to a reference model on the tokens weighted under `reference_kl`; reads `reference_log_probs`."""
+    """KL to a reference model on the tokens weighted under `reference_kl`; reads `reference_log_probs`, which must be
+    at the engine's `label_temperature`."""
     return LossComponent("reference_kl", partial(_reference_kl, estimator), coefficient)

@@ -7,7 +7,7 @@ replicas and context-parallel shards, and neither loss nor gradient depends on h
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from ra3_megatron.algo.logprobs import VocabShard, token_log_probs
+from ra3_megatron.algo.logprobs import token_log_probs
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.data.batch import TrainBatch, context_parallel_slice
@@ -28,7 +28,7 @@ from ra3_megatron.training.actions import ActionRows, ActionTable, TokenScores, 
 from ra3_megatron.training.components import LossComponent
 from ra3_megatron.training.nonfinite import NonFiniteStep, explain_nonfinite
 from ra3_megatron.training.optimizer import build_optimizer, build_scheduler
-from ra3_megatron.training.schedule import run_schedule
+from ra3_megatron.training.schedule import run_schedule, vocabulary_shard
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class LossResult:
     loss: float
     """Sum of coefficient x component, nats."""
     components: dict[str, float]
-    """Weighted mean of every component over the global batch, nats; NaN-free when its weight is 0 (then 0)."""
+    """Weighted mean of every component over the global batch (its sum over that of its normaliser, if it names one),
+    nats; NaN-free when its weight is 0 (then 0)."""
     weights: dict[str, float]
     """Global token weight of every component; a number of tokens when weights are 0 or 1."""
     monitors: dict[str, float]
@@ -62,7 +63,9 @@ class TrainEngine:
 
     `chunks` are this rank's bare model chunks. With `optimizer` settings of `config` the parameters are wrapped in
     Megatron's DistributedDataParallel and its distributed optimizer, whatever the number of replicas. `actions` is
-    needed by components that read actions (ValueError without).
+    needed by components that read actions (ValueError without). `label_temperature` > 0 divides the logits of labels
+    for components that name no temperature of their own: the one at which a policy sampled them. Each further
+    temperature costs another copy of the logits.
     """
 
     def __init__(
@@ -74,11 +77,15 @@ class TrainEngine:
         components: Sequence[LossComponent],
         total_steps: int,
         actions: ActionTable | None = None,
+        label_temperature: float = 1.0,
     ) -> None:
+        if label_temperature <= 0:
+            raise ValueError(f"label_temperature {label_temperature}; it divides the logits; use a number above 0")
         readers = [c.name for c in components if c.reads == "actions"]
         if readers and actions is None:
             raise ValueError(f"loss components {readers} read actions; give the engine an ActionTable")
         self.actions = actions
+        self.label_temperature = label_temperature
         self._reads_actions = bool(readers)
         self._sums = tuple(name for c in components for name in c.sums)
         self._maxima = tuple(name for c in components for name in c.maxima)
@@ -91,12 +98,7 @@ class TrainEngine:
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer, total_steps)
         self._hook_schedule()
-        columns = unwrap(chunks[-1]).vocab_size // parallel.sizes.tensor
-        self.vocab = VocabShard(
-            start=columns * parallel.tensor_rank,
-            vocab_size=architecture.vocab_size,
-            group=parallel.pg_collection.tp if parallel.sizes.tensor > 1 else None,
-        )
+        self.vocab = vocabulary_shard(chunks, architecture, parallel)
 
     def _hook_schedule(self) -> None:
         """Tell Megatron's schedule how to scale, synchronise and finish gradients."""
@@ -162,12 +164,12 @@ class TrainEngine:
     # ---------------------------------------------------------------- schedule
 
     def _run(self, batches: Sequence[TrainBatch], forward_only: bool) -> tuple[LossResult, list[float]]:
-        weights = self._global_weights(batches)
+        sums = self._global_sums(batches)
         rank, size = self.parallel.context_rank, self.parallel.sizes.context
         local = [context_parallel_slice(b, rank, size) for b in batches]
-        loss = partial(self._loss, weights, self._action_rows(local))
+        loss = partial(self._loss, sums, self._action_rows(local))
         stored = run_schedule(self.parallel, self.chunks, local, loss, forward_only)
-        return self._collect(stored, weights), [self._local_loss(s) for s in stored]
+        return self._collect(stored, sums), [self._local_loss(s) for s in stored]
 
     def _action_rows(self, batches: Sequence[TrainBatch]) -> list[ActionRows] | None:
         """Where the actions are, sought before the schedule starts: no forward pass waits for a count.
@@ -183,20 +185,31 @@ class TrainEngine:
         """Sum of a micro-batch's shares that count in the loss."""
         return sum(x for x, c in zip(stored.tolist(), self.components, strict=False) if c.coefficient)
 
-    def _global_weights(self, batches: Sequence[TrainBatch]) -> dict[str, float]:
-        """Token weight of every component over all replicas, in float64."""
-        sums = torch.tensor(
-            [sum(float(b.weights[c.weight_key].sum(dtype=torch.float64)) for b in batches) for c in self.components],
+    def _global_sums(self, batches: Sequence[TrainBatch]) -> dict[str, float]:
+        """Sums over all replicas of the weights that components name, by key, in float64.
+
+        Raises ValueError where tokens would count and nothing divides them.
+        """
+        keys = list(dict.fromkeys(k for c in self.components for k in (c.weight_key, c.normaliser_key)))
+        found = torch.tensor(
+            [sum(float(b.weights[k].sum(dtype=torch.float64)) for b in batches) for k in keys],
             dtype=torch.float64,
             device=self.parallel.device,
         )
         if self.parallel.sizes.data > 1:
-            dist.all_reduce(sums, group=self.parallel.pg_collection.dp)
-        return dict(zip((c.name for c in self.components), sums.tolist(), strict=True))
+            dist.all_reduce(found, group=self.parallel.pg_collection.dp)
+        sums = dict(zip(keys, found.tolist(), strict=True))
+        for component in self.components:
+            if sums[component.weight_key] and not sums[component.normaliser_key]:
+                raise ValueError(
+                    f"loss component '{component.name}' has tokens and its normaliser '{component.normaliser_key}' the "
+                    "global sum 0"
+                )
+        return sums
 
     def _loss(
         self,
-        weights: dict[str, float],
+        sums: dict[str, float],
         rows: list[ActionRows] | None,
         number: int,
         batch: TrainBatch,
@@ -204,11 +217,11 @@ class TrainEngine:
     ):
         """Loss of a micro-batch, normalised; with it the components' detached shares, then sums, then maxima."""
         # squeeze, not [0]: the backward pass of an index allocates and clears a second [tokens, vocabulary].
-        scores = self._scores(weights, rows[number] if rows else None, batch, output.squeeze(0))
+        scores = self._scores(sums, rows[number] if rows else None, batch, output.squeeze(0))
         zero = torch.zeros((), device=output.device)
         shares, total, monitors = [], zero, dict.fromkeys((*self._sums, *self._maxima), zero)
         for component in self.components:
-            if weights[component.name] == 0:
+            if sums[component.weight_key] == 0:
                 shares.append(zero)
                 continue
             w = batch.weights[component.weight_key]
@@ -216,8 +229,8 @@ class TrainEngine:
             # as 0 x NaN in the backward pass, the gradient.
             counts = w != 0
             with torch.set_grad_enabled(torch.is_grad_enabled() and component.coefficient != 0):
-                values = component.per_token(scores.counted(counts), batch)
-                share = torch.where(counts, values.loss * w, 0.0).sum() / weights[component.name]
+                values = component.per_token(scores[self._temperature(component)].counted(counts), batch)
+                share = torch.where(counts, values.loss * w, 0.0).sum() / sums[component.normaliser_key]
             shares.append(share.detach())
             if component.coefficient:
                 total = total + component.coefficient * share
@@ -229,30 +242,39 @@ class TrainEngine:
         count = torch.ones((), dtype=torch.int, device=output.device)
         return total, count, torch.stack((*shares, *monitors.values()))
 
+    def _temperature(self, component: LossComponent) -> float | None:
+        """Of the labels it reads; none when it reads actions."""
+        if component.reads == "actions":
+            return None
+        return self.label_temperature if component.temperature is None else component.temperature
+
     def _scores(
-        self, weights: dict[str, float], rows: ActionRows | None, batch: TrainBatch, logits: Tensor
-    ) -> TokenScores:
-        """What the components read, with a gradient where one needs it; NaN for what none reads."""
+        self, sums: dict[str, float], rows: ActionRows | None, batch: TrainBatch, logits: Tensor
+    ) -> dict[float | None, TokenScores]:
+        """What the components read, by temperature, with a gradient where one needs it; NaN for what none reads."""
         blank = torch.full(batch.labels.shape, torch.nan, device=logits.device)
-        scores = TokenScores(blank, blank, blank, blank)
-        # Actions first, since the labels' scores take the memory of the logits.
-        active = [c for c in self.components if weights[c.name] != 0]
-        for what in ("actions", "labels"):
-            readers = [c for c in active if c.reads == what]
-            if not readers:
-                continue
-            with torch.set_grad_enabled(torch.is_grad_enabled() and any(c.coefficient for c in readers)):
-                if what == "labels":
-                    log_probs = token_log_probs(logits, batch.labels, self.vocab, consume=True)
-                    scores = replace(scores, log_probs=log_probs)
+        readers: dict[float | None, list[LossComponent]] = {}
+        for component in self.components:
+            if sums[component.weight_key] != 0:
+                readers.setdefault(self._temperature(component), []).append(component)
+        scores: dict[float | None, TokenScores] = {}
+        # Actions first; the labels' last scores take the memory of the logits.
+        order = sorted(readers, key=lambda t: (t is not None, t or 0.0))
+        for temperature in order:
+            needed = any(c.coefficient for c in readers[temperature])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
+                if temperature is not None:
+                    consume = temperature == order[-1]
+                    log_probs = token_log_probs(logits, batch.labels, self.vocab, temperature, consume=consume)
+                    scores[temperature] = TokenScores(log_probs, blank, blank, blank)
                 else:
                     assert rows is not None
                     assert self.actions is not None
                     found = score_actions(logits, rows, batch.labels, self.actions, self.vocab)
-                    scores = replace(scores, **scattered(rows, found, blank))
+                    scores[None] = TokenScores(blank, **scattered(rows, found, blank))
         return scores
 
-    def _collect(self, stored: list[Tensor], weights: dict[str, float]) -> LossResult:
+    def _collect(self, stored: list[Tensor], sums: dict[str, float]) -> LossResult:
         """Join the last stage's numbers over micro-batches, context shards and replicas; tell every stage."""
         names, device = [c.name for c in self.components], self.parallel.device
         count = len(names) + len(self._sums)
@@ -263,8 +285,8 @@ class TrainEngine:
             found = torch.zeros(count + len(self._maxima), dtype=torch.float64, device=device)
         pg, sizes = self.parallel.pg_collection, self.parallel.sizes
         if sizes.data * sizes.context > 1:
-            sums, maxima = found.split((count, len(self._maxima)))
-            dist.all_reduce(sums, group=pg.dp_cp)
+            added, maxima = found.split((count, len(self._maxima)))
+            dist.all_reduce(added, group=pg.dp_cp)
             if len(self._maxima):
                 dist.all_reduce(maxima, dist.ReduceOp.MAX, group=pg.dp_cp)
         if sizes.pipeline > 1:
@@ -272,6 +294,7 @@ class TrainEngine:
         values = dict(zip((*names, *self._sums, *self._maxima), found.tolist(), strict=True))
         components = {name: values.pop(name) for name in names}
         loss = sum(c.coefficient * components[c.name] for c in self.components if c.coefficient)
+        weights = {c.name: sums[c.weight_key] for c in self.components}
         return LossResult(loss=loss, components=components, weights=weights, monitors=values)
 
 

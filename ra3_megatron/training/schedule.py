@@ -6,18 +6,30 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from ra3_megatron.algo.logprobs import VocabShard
+from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.sections import TrainConfig
 from ra3_megatron.config.validate import sequence_multiple
-from ra3_megatron.data.batch import TrainBatch, collate
+from ra3_megatron.data.batch import TrainBatch, collate, context_parallel_indices, context_parallel_slice
 from ra3_megatron.data.packing import Packing, TrainSequence, pack
+from ra3_megatron.model.factory import unwrap
+from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
 
 MicroBatchLoss = Callable[[int, TrainBatch, Tensor], tuple[Tensor, Tensor, Any]]
 """`(number of the micro-batch, batch on the device, logits [1, tokens, columns]) -> (loss, count, what to keep)`."""
+
+
+def vocabulary_shard(chunks: Sequence[torch.nn.Module], architecture: Architecture, parallel: Parallel) -> VocabShard:
+    """Which columns of the vocabulary this process's logits have."""
+    columns = unwrap(chunks[-1]).vocab_size // parallel.sizes.tensor
+    group = parallel.pg_collection.tp if parallel.sizes.tensor > 1 else None
+    return VocabShard(columns * parallel.tensor_rank, architecture.vocab_size, group)
 
 
 def pack_micro_batches(
@@ -70,6 +82,49 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def forward_only(
+    parallel: Parallel,
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[TrainBatch],
+    rows: int,
+    score: Callable[[TrainBatch, Tensor], Tensor],
+    what: str,
+) -> Tensor:
+    """Numbers about every token of this replica's micro-batches, without gradients and in evaluation mode.
+
+    `batches` are whole, not context-parallel shards. `score(batch, logits [tokens, columns])` gives `rows` numbers per
+    token of its shard, [rows, tokens]; it may use the memory of the logits. Returns float64 [batches, rows, tokens of a
+    batch], the same on every process of the replica. `what` names the work in the errors of a hang.
+    """
+    sizes, replica = parallel.sizes, parallel.group("mp")
+    parallel.mark(what)
+    for chunk in chunks:
+        chunk.eval()
+    local = [context_parallel_slice(b, parallel.context_rank, sizes.context) for b in batches]
+
+    def keep(_number: int, batch: TrainBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        zero = torch.zeros((), device=output.device)
+        return zero, torch.ones((), dtype=torch.int, device=output.device), score(batch, output.squeeze(0))
+
+    with torch.no_grad(), explain_timeouts(replica, what):
+        stored = run_schedule(parallel, chunks, local, keep, forward_only=True)
+        shape = (len(batches), rows, batches[0].input_ids.numel())
+        found = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
+        if parallel.is_last_stage:
+            for row, batch, values in zip(found, batches, stored, strict=True):
+                if sizes.context == 1:
+                    row.copy_(values)
+                else:
+                    index = context_parallel_indices(batch.cu_seqlens, parallel.context_rank, sizes.context)
+                    row[:, index.to(parallel.device)] = values.double()
+            if sizes.context > 1:
+                dist.all_reduce(found, group=parallel.pg_collection.cp)
+        if sizes.pipeline > 1:
+            group = parallel.pg_collection.pp
+            dist.broadcast(found, src=dist.get_process_group_ranks(group)[-1], group=group)
+    return found
 
 
 def _forward_step(loss: MicroBatchLoss, iterator: Iterator[Any], model: torch.nn.Module):

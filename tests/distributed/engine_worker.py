@@ -1,5 +1,6 @@
 """Ranks of the layout-invariance tests: one global batch through the engine in many layouts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ra3_megatron.config.run import config_from_dict
 from ra3_megatron.data.batch import TrainBatch
 from ra3_megatron.model.factory import build_model, unwrap
 from ra3_megatron.parallel.groups import initialize, seed_everything
+from ra3_megatron.rollout.scoring import score_labels
 from ra3_megatron.training.actions import ActionTable
 from ra3_megatron.training.components import (
     code_cross_entropy_component,
@@ -61,7 +63,14 @@ def window(index: int) -> dict[str, Any]:
         "lengths": lengths,
         "ids": ids,
         "labels": labels,
-        "weights": {"cross_entropy": ce, "code_cross_entropy": weight, "policy_gradient": pg, "reference_kl": pg},
+        "weights": {
+            "cross_entropy": ce,
+            "code_cross_entropy": weight,
+            "policy_gradient": pg,
+            "reference_kl": pg,
+            # A budget of tokens per sequence on a row that no component counts.
+            "budget": 40.0 * (torch.arange(SEQ) == SEQ - 1),
+        },
         "extras": {
             "think_set": think_set,
             "thought": (kind > 0) * pg,
@@ -120,12 +129,17 @@ def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
             decision_kl_component(0.8, 0.4),
             reference_kl_component(0.3),
             code_cross_entropy_component(),
-        ]
+            replace(
+                policy_gradient_component(PolicyLossConfig(clip_high=0.3), 0.5, reads="labels"),
+                name="label_gradient", weights="reference_kl", normaliser="budget", sums=(), maxima=(),
+            ),
+        ]  # fmt: skip
         actions = ActionTable(TokenSets.make(THINK_SETS), torch.tensor(FORBIDDEN), temperature=0.8)
-        engine = TrainEngine(config, arch, parallel, chunks, components, 3, actions)
+        engine = TrainEngine(config, arch, parallel, chunks, components, 3, actions, label_temperature=0.7)
         share = WINDOWS // parallel.sizes.data
         mine = list(range(parallel.data_rank * share, (parallel.data_rank + 1) * share))
         batches = [micro_batch(mine[i : i + micro]) for i in range(0, len(mine), micro)]
+        scores = torch.cat(score_labels(engine.chunks, arch, parallel, batches, 0.7)).view(len(mine), SEQ)
         evaluated = engine.evaluate(batches)
         result = engine.train_step(batches, step=1)
         save_sharded(folder / f"grads-{name}-{tied}", gradients(engine), parallel)
@@ -134,6 +148,7 @@ def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
         save_sharded(folder / f"weights-{name}-{tied}", sharded([unwrap(c) for c in engine.chunks]), parallel)
         return {
             "name": name,
+            "scores": {str(i): row.tolist() for i, row in zip(mine, scores, strict=True)},
             "evaluated": evaluated.loss,
             "loss": result.loss,
             "components": result.components,

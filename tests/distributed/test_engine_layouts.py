@@ -66,6 +66,7 @@ def test_loss_and_components_agree_on_every_rank(runs):
     assert one["weights"]["cross_entropy"] > 0
     assert 0 < one["monitors"]["clipped"] < one["weights"]["policy_gradient"]
     assert one["monitors"]["rollout_gap"] > 0.1
+    assert abs(one["components"]["label_gradient"]) > 1e-3
     for name, ranks in results.items():
         for rank in ranks:
             assert rank["weights"] == one["weights"], name
@@ -74,6 +75,18 @@ def test_loss_and_components_agree_on_every_rank(runs):
             for component, value in one["components"].items():
                 assert rank["components"][component] == pytest.approx(value, rel=TOLERANCE), (name, component)
             assert rank["monitors"] == pytest.approx(one["monitors"], rel=TOLERANCE), name
+
+
+def test_labels_score_alike(runs):
+    """Rows of another shard or micro-batch, a stage without the answer, another temperature than the trainer's."""
+    _, _, results = runs
+    expected = results["one"][0]["scores"]
+    assert len(expected) == 8
+    for name, ranks in results.items():
+        assert set().union(*(rank["scores"] for rank in ranks)) == set(expected), name
+        for rank in ranks:
+            for window, values in rank["scores"].items():
+                assert values == pytest.approx(expected[window], abs=1e-5), name
 
 
 def test_every_gradient_agrees(runs):

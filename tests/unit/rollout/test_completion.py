@@ -6,20 +6,15 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.sections import ModelConfig
 from ra3_megatron.data.tokenizers import train_bpe
 from ra3_megatron.model.factory import build_model, unwrap
 from ra3_megatron.rollout.completion import CompletionSettings, Prompt, complete
 from ra3_megatron.rollout.megatron import MegatronEngine
-from ra3_megatron.rollout.vllm import PromptEngine
 from tests.unit.model.hf_pairs import ARCHITECTURES, load, megatron_weights, random_hf
 from tests.unit.rollout.conftest import full_log_probs
 from tests.unit.rollout.naive import SOURCE
-from tests.unit.rollout.test_vllm import WholeTexts
 
 ROOM = 96
 BEYOND = 5

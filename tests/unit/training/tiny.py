@@ -40,10 +40,11 @@ def engine(
     components: Sequence[LossComponent],
     tied: bool = True,
     actions: ActionTable | None = None,
+    label_temperature: float = 1.0,
 ) -> TrainEngine:
     seed_everything(3, parallel)
     chunks = build_model(architecture(tied), settings.model, parallel)
-    return TrainEngine(settings, architecture(tied), parallel, chunks, components, 10, actions)
+    return TrainEngine(settings, architecture(tied), parallel, chunks, components, 10, actions, label_temperature)
 
 
 def batch(seed: int, component: str = "cross_entropy", **extras: Tensor) -> TrainBatch:

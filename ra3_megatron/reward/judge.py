@@ -8,7 +8,7 @@ from typing import Protocol, Self
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.judge import JudgeConfig
-from ra3_megatron.reward.problem import InProcessTests, Outcome, Submission, Tests, Verdict
+from ra3_megatron.reward.problem import InProcessTests, Outcome, Submission, Verdict, count_tests
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,6 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Stop and leave nothing behind; pending submissions end as `Outcome.LOST`. Idempotent."""
-
-
-def count_tests(tests: Tests) -> int:
-    """Number of tests a submission has to pass."""
-    match tests:
-        case InProcessTests():
-            return 1
-        case _:
-            return len(getattr(tests, "tests", None) or getattr(tests, "cases", ()))
 
 
 def _backend(config: JudgeConfig, training: bool) -> Backend:

@@ -135,6 +135,17 @@ class InProcessTests:
 Tests = AssertTests | CallTests | StdinTests | InProcessTests
 
 
+def count_tests(tests: Tests) -> int:
+    """Number of tests that a program has to pass."""
+    match tests:
+        case AssertTests():
+            return len(tests.tests)
+        case CallTests() | StdinTests():
+            return len(tests.cases)
+        case InProcessTests():
+            return 1
+
+
 @dataclass(frozen=True)
 class Submission:
     """One program and its tests."""

@@ -171,3 +171,81 @@ def _pair(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if one.shape != other.shape or one.ndim != 1:
         raise ValueError(f"values of shape {one.shape} beside {other.shape}; give two lists of equal length")
     return one, other
+
+
+# -------------------------------------------------------------------------------------------------- rates of success
+
+
+def pass_at_k(samples: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
+    """Unbiased estimate of the chance that one of k answers is right, for every problem; float64 [problems].
+
+    `samples`, `correct` [problems]: answers drawn and right ones. 1 - C(n-c, k) / C(n, k) as a product (Chen et al.
+    2021, arXiv 2107.03374). Raises ValueError where a problem has fewer than k answers.
+    """
+    n, c = (np.asarray(v, dtype=np.int64) for v in (samples, correct))
+    if n.shape != c.shape or n.ndim != 1 or (c > n).any() or (c < 0).any():
+        raise ValueError("give two lists of equal length, right answers no more than answers")
+    if k < 1 or (n < k).any():
+        raise ValueError(f"pass@{k} needs at least {k} answers to every problem; one has {n.min(initial=0)}")
+    # The chance that all k of them are among the n - c wrong ones: drawn one after the other.
+    wrong = np.ones(len(n))
+    for drawn in range(k):
+        wrong *= np.maximum(n - c - drawn, 0) / (n - drawn)
+    return 1 - wrong
+
+
+def rate_interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Interval:
+    """Mean of one value in [0, 1] per problem, with an interval over problems as drawn from all that could be asked.
+
+    Wilson's score interval where all values are 0 or 1 (it does not vanish when no or every problem is solved), else
+    the bootstrap of `ratio_interval`, cut to [0, 1]. NaN without values.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        return Interval(math.nan, math.nan, math.nan)
+    if ((values == 0) | (values == 1)).all():
+        found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
+        return Interval(float(values.mean()), float(found.low), float(found.high))
+    found = ratio_interval(values, np.ones(len(values)), level, seed)
+    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+
+
+def sampling_error(samples: np.ndarray, correct: np.ndarray) -> float:
+    """Standard error of the mean pass@1 over other answers of the same model to these very problems.
+
+    Of p = c / n with n independent answers the variance is p (1 - p) / (n - 1), unbiased; NaN where n is 1.
+    """
+    n, c = (np.asarray(v, dtype=np.float64) for v in (samples, correct))
+    if not len(n) or (n < 2).any():
+        return math.nan
+    p = c / n
+    return float(np.sqrt((p * (1 - p) / (n - 1)).sum()) / len(n))
+
+
+def paired_rates(first: np.ndarray, second: np.ndarray, level: float = 0.95, seed: int = 0) -> Difference:
+    """Difference of two models' rates on the same problems, both [problems], and a test by flipping signs.
+
+    For single answers the test is McNemar's exact one. Where no problem differs, the interval is what such a sample
+    leaves possible: the share of problems that differ lies below 1 - ((1 - level) / 2) ** (1 / problems).
+    """
+    first, second = _pair(first, second)
+    if not len(first):
+        return Difference(math.nan, math.nan, math.nan, math.nan)
+    if (first == second).all():
+        most = 1 - ((1 - level) / 2) ** (1 / len(first))
+        return Difference(0.0, -most, most, 1.0)
+    return paired_ratio(first, second, np.ones(len(first)), level, seed)
+
+
+def by_rating(ratings: Sequence[int | None], values: np.ndarray, width: int = 400) -> dict[str, Interval]:
+    """Rate per bucket of `width` rating points, such as `800-1199`, in rising order; `unrated` comes last."""
+    values = np.asarray(values, dtype=np.float64)
+    starts = [None if r is None else r // width * width for r in ratings]
+    found = {}
+    for start in sorted({s for s in starts if s is not None}):
+        chosen = np.array([s == start for s in starts])
+        found[f"{start}-{start + width - 1}"] = rate_interval(values[chosen])
+    unrated = np.array([s is None for s in starts], dtype=bool)
+    if unrated.any():
+        found["unrated"] = rate_interval(values[unrated])
+    return found

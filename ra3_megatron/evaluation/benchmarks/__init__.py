@@ -1,0 +1,1 @@
+"""Benchmarks and task sets: readers of their files, each problem with its tests."""

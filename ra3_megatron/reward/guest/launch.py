@@ -95,6 +95,8 @@ def enter_namespaces() -> None:
         for name, content in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
                 file.write(content)
+    # Not before: the files of an undumpable process belong to root.
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0, "dumpable")
     pid = os.fork()
     if pid:
         _wait_for(pid)
@@ -144,7 +146,6 @@ def main(config: dict[str, Any]) -> NoReturn:
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL, "parent death signal")
     if os.getppid() != parent:
         os._exit(1)
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0, "dumpable")
     os.umask(0o077)
     _preload(config["site"])
     mode, uid, folder = config["namespaces"], config["uid"], config["folder"]
@@ -156,6 +157,7 @@ def main(config: dict[str, Any]) -> NoReturn:
         make_root(paths)
         folder = WORK
         os.umask(0o077)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0, "dumpable")
     if os.getuid() != 0:
         uid = None
     elif uid is not None and not _can_read_as(uid, paths[0]):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,6 +21,11 @@ from ra3_megatron.model.factory import unwrap
 
 BATCHED_QUERIES = 16
 """Rows with at most this many new tokens share one attention call; longer ones waste too much as padding."""
+
+
+SPARSE = 1.5
+"""Rows whose slots have gaps are attended to gaps and all while that is at most so many times as many rows: a copy of
+their keys and values costs more."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class _Group:
     keys: int
     """Longest row, tokens."""
     mask: Tensor
-    """[rows, 1, queries, keys], True = seen."""
+    """[rows, 1, queries, keys], added to the scores: 0 = seen, -inf = hidden."""
 
 
 @dataclass(frozen=True)
@@ -63,29 +69,39 @@ class _Single:
 class Layout:
     """Where the new tokens of one forward pass belong; made once, used by every layer.
 
-    `padding` tokens at the end belong to no row; they are written to `scratch`, a position no row has.
+    `padding` tokens at the end belong to no row; they are written to `scratch`, a position no row has. `dtype` is the
+    queries'.
     """
 
-    def __init__(self, runs: Sequence[Run], padding: int, scratch: int, device: torch.device) -> None:
-        counts = torch.tensor([r.count for r in runs])
-        slots = torch.tensor([r.slot for r in runs]).repeat_interleave(counts)
-        positions = torch.cat([torch.arange(r.start, r.start + r.count) for r in runs])
-        self.tokens = int(counts.sum())
-        self.padding = padding
-        self.slots = torch.cat((slots, slots.new_zeros(padding))).to(device)
-        self.write = torch.cat((positions, positions.new_full((padding,), scratch))).to(device)
-        self.positions = torch.cat((positions, positions.new_zeros(padding))).to(device)
+    def __init__(
+        self, runs: Sequence[Run], padding: int, scratch: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        counts = np.array([r.count for r in runs])
+        ends = counts.cumsum()
+        starts = ends - counts
+        self.tokens, self.padding = int(ends[-1]), padding
+        first = np.array([r.start for r in runs])
+        positions = np.arange(self.tokens) + (first - starts).repeat(counts)
+        slots = np.array([r.slot for r in runs]).repeat(counts)
+        self.slots = _tensor(np.pad(slots, (0, padding)), device)
+        self.write = _tensor(np.pad(positions, (0, padding), constant_values=scratch), device)
+        self.positions = _tensor(np.pad(positions, (0, padding)), device)
         self.groups: list[_Group] = []
         self.singles: list[_Single] = []
-        starts = [0, *counts.cumsum(0).tolist()]
         buckets: dict[int, list[int]] = {}
         for i, run in enumerate(runs):
             if run.count <= BATCHED_QUERIES:
                 buckets.setdefault((run.count - 1).bit_length(), []).append(i)
             else:
-                self.singles.append(_single(run, starts[i], device))
+                self.singles.append(_single(run, int(starts[i]), device))
         for members in buckets.values():
-            self.groups.append(_group([runs[i] for i in members], [starts[i] for i in members], device))
+            # In order of slots: their keys are then a slice of the cache, which need not be copied.
+            members.sort(key=lambda i: runs[i].slot)
+            self.groups.append(_group([runs[i] for i in members], starts[members], device, dtype))
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device)
 
 
 def _single(run: Run, start: int, device: torch.device) -> _Single:
@@ -96,23 +112,30 @@ def _single(run: Run, start: int, device: torch.device) -> _Single:
     return _Single(run.slot, start, start + run.count, run.start, mask)
 
 
-def _group(runs: Sequence[Run], starts: Sequence[int], device: torch.device) -> _Group:
-    slots = [r.slot for r in runs]
-    count = max(r.count for r in runs)
-    keys = max(r.start + r.count for r in runs)
-    index = torch.arange(count).expand(len(runs), count)
-    counts = torch.tensor([r.count for r in runs]).unsqueeze(1)
-    clipped = torch.minimum(index, counts - 1)
-    real = index < counts
-    take = torch.tensor(starts).unsqueeze(1) + clipped
-    positions = torch.tensor([r.start for r in runs]).unsqueeze(1) + clipped
-    mask = torch.arange(keys) <= positions.unsqueeze(-1)
-    consecutive = slots == list(range(slots[0], slots[0] + len(slots)))
+def _group(runs: Sequence[Run], starts: np.ndarray, device: torch.device, dtype: torch.dtype) -> _Group:
+    """`runs` by rising slot, `starts` [runs] their first tokens."""
+    slots = np.array([r.slot for r in runs])
+    counts = np.array([r.count for r in runs])
+    first = np.array([r.start for r in runs])
+    span = int(slots[-1] - slots[0]) + 1
+    sliced = span <= SPARSE * len(runs)
+    if sliced and span > len(runs):
+        # Slots in between take part, with a query of somebody else that sees one key: their results are left out.
+        every = np.zeros((3, span), dtype=np.int64)
+        every[:, slots - slots[0]] = counts, first, starts
+        counts, first, starts = every
+    index = np.arange(counts.max())
+    clipped = np.minimum(index, np.maximum(counts - 1, 0)[:, None])
+    real = index < counts[:, None]
+    take = starts[:, None] + clipped
+    keys = int((first + counts).max())
+    hidden = np.arange(keys) > (first[:, None] + clipped)[:, :, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
     return _Group(
-        slice(slots[0], slots[0] + len(slots)) if consecutive else torch.tensor(slots, device=device),
-        take.to(device),
-        None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(device),
-        take[real].to(device),
+        slice(int(slots[0]), int(slots[0]) + span) if sliced else _tensor(slots, device),
+        _tensor(take, device),
+        None if real.all() else _tensor(real.ravel().nonzero()[0], device),
+        _tensor(take[real], device),
         keys,
         mask.unsqueeze(1).to(device),
     )
@@ -211,6 +234,12 @@ class ChunkCache:
     def bytes(self) -> int:
         """Memory of keys and values."""
         return sum(2 * a.keys.numel() * a.keys.element_size() for _, a in self._attentions)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Keys and values of the first `tokens` positions of a slot to another."""
+        for _, attention in self._attentions:
+            attention.keys[target, :, :tokens] = attention.keys[source, :, :tokens]
+            attention.values[target, :, :tokens] = attention.values[source, :, :tokens]
 
     @contextmanager
     def plugged_in(self, layout: Layout) -> Iterator[None]:

@@ -94,16 +94,13 @@ def complete(
     """
     _check(engine, prompts, settings, tokenizer)
     query = _QueryMaker(engine.token_set(_drawable(tokenizer)), settings)
-    waiting = deque(enumerate(prompts))
-    writers: list[_Writer] = []
+    desk = _Desk(engine, prompts, settings, tokenizer, seed)
     finished: list[Completion | None] = [None] * len(prompts)
-    while waiting or writers:
-        while waiting and len(writers) < engine.max_batch:
-            number, prompt = waiting.popleft()
-            writers.append(_Writer(number, prompt, engine, settings, tokenizer, seed))
-        extends = [Extend(w.row, (), (query(w.uniform),), append=True) for w in writers]
+    while desk.writers or desk.waiting:
+        desk.admit()
+        extends = [Extend(w.row, (), (query(w.uniform),), append=True) for w in desk.writers]
         going_on = []
-        for writer, answer in zip(writers, engine.step(extends, settings.temperature or 1.0), strict=True):
+        for writer, answer in zip(desk.writers, engine.step(extends, settings.temperature or 1.0), strict=True):
             completion = writer.absorb(answer)
             if completion is None:
                 going_on.append(writer)
@@ -112,8 +109,55 @@ def complete(
             finished[writer.number] = completion
             if on_done is not None:
                 on_done(completion)
-        writers = going_on
+        desk.writers = going_on
     return [c for c in finished if c is not None]
+
+
+class _Desk:
+    """Which completions are on their way, and who comes next.
+
+    Completions of the same text share what is computed of it: the first one enters alone, the others go on from its
+    row one step later, for which room is kept. They do so from any row of that text that is still open.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        prompts: Sequence[Prompt],
+        settings: CompletionSettings,
+        tokenizer: Tokenizer,
+        seed: int,
+    ) -> None:
+        self.waiting = deque(enumerate(prompts))
+        self.writers: list[_Writer] = []
+        self._engine, self._settings, self._tokenizer, self._seed = engine, settings, tokenizer, seed
+
+    def admit(self) -> None:
+        """Give the room there is to those that wait, in their order."""
+        read = {w.text: w.row for w in self.writers}
+        entering: set[bytes] = set()
+        later = []
+        for _ in range(min(len(self.waiting), self._engine.max_batch - len(self.writers))):
+            number, prompt = self.waiting.popleft()
+            text = np.asarray(prompt.ids, dtype=np.int64).tobytes()
+            if text in entering:
+                later.append((number, prompt))
+                continue
+            if text in read:
+                row = self._engine.fork(read[text], len(prompt.ids))
+            else:
+                row = self._engine.open(prompt.ids.tolist())
+                if len(prompt.ids) > 1:
+                    entering.add(text)
+            room = self._engine.max_tokens - len(prompt.ids)
+            uniforms = np.random.default_rng([self._seed, prompt.number, prompt.member]).random(
+                min(self._settings.max_tokens, room)
+            )
+            version = self._engine.weights_version
+            self.writers.append(
+                _Writer(number, row, text, prompt, uniforms, self._settings, self._tokenizer.token_bytes, version)
+            )
+        self.waiting.extendleft(reversed(later))
 
 
 def _check(
@@ -155,17 +199,18 @@ class _Writer:
     def __init__(
         self,
         number: int,
+        row: int,
+        text: bytes,
         prompt: Prompt,
-        engine: RolloutEngine,
+        uniforms: np.ndarray,
         settings: CompletionSettings,
-        tokenizer: Tokenizer,
-        seed: int,
+        token_bytes: Sequence[bytes],
+        version: int,
     ) -> None:
-        self.number, self.row = number, engine.open(prompt.ids.tolist())
-        self._prompt, self._settings, self._version = prompt, settings, engine.weights_version
-        self._room = min(settings.max_tokens, engine.max_tokens - len(prompt.ids))
-        self._uniforms = np.random.default_rng([seed, prompt.number, prompt.member]).random(self._room)
-        self._token_bytes = tokenizer.token_bytes
+        self.number, self.row, self.text = number, row, text
+        self._prompt, self._settings, self._version = prompt, settings, version
+        self._uniforms: list[float] = uniforms.tolist()
+        self._token_bytes = token_bytes
         self._stops = tuple(text.encode() for text in settings.stop)
         self._longest = max(map(len, self._stops), default=1)
         self._ids: list[int] = []
@@ -176,7 +221,7 @@ class _Writer:
     @property
     def uniform(self) -> float:
         """The random number of the next token."""
-        return float(self._uniforms[len(self._ids)])
+        return self._uniforms[len(self._ids)]
 
     def absorb(self, answer: Answer) -> Completion | None:
         """Go on by the drawn token; the completion when it ends with it."""
@@ -192,7 +237,7 @@ class _Writer:
         if places := [at for stop in self._stops if (at := window.find(stop)) >= 0]:
             return self._ended("stop", before + min(places))
         self._tail = window[max(0, len(window) - self._longest + 1) :]
-        return self._ended("length", self._bytes) if len(self._ids) == self._room else None
+        return self._ended("length", self._bytes) if len(self._ids) == len(self._uniforms) else None
 
     def _ended(self, finish: Literal["stop_id", "stop", "length"], text_bytes: int) -> Completion:
         return Completion(

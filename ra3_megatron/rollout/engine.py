@@ -85,6 +85,10 @@ class RolloutEngine(Protocol):
     def open(self, ids: Sequence[int]) -> int:
         """Start a row with at least one id; returns its handle. Raises UserError when no room is left."""
 
+    def fork(self, row: int, length: int) -> int:
+        """Start a row with the first `length` >= 1 tokens of an open one and what is computed of them; returns its
+        handle. Raises UserError when no room is left."""
+
     def close(self, row: int) -> None:
         """End a row; its room is free for another."""
 

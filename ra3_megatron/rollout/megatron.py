@@ -23,7 +23,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.model.factory import unwrap
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
-from ra3_megatron.rollout.cache import ChunkCache, Layout, Run
+from ra3_megatron.rollout.cache import SPARSE, ChunkCache, Layout, Run
 from ra3_megatron.rollout.engine import Answer, EngineCounters, Extend
 from ra3_megatron.rollout.sampling import LocalSet, answer_queries
 from ra3_megatron.training.schedule import vocabulary_shard
@@ -144,6 +144,17 @@ class MegatronEngine:
         self._rows[self._next_row] = _Row(self._free.pop(), list(map(int, ids)))
         return self._next_row
 
+    def fork(self, row: int, length: int) -> int:
+        """See `RolloutEngine.fork`; keys and values are copied."""
+        source = self._rows[row]
+        assert 1 <= length <= len(source.ids), f"a fork after {length} of {len(source.ids)} tokens"
+        number = self.open(source.ids[:length])
+        target = self._rows[number]
+        target.cached = min(source.cached, length - 1)
+        for cache in self._caches:
+            cache.copy(source.slot, target.slot, target.cached)
+        return number
+
     def close(self, row: int) -> None:
         """See `RolloutEngine.close`."""
         self._free.append(self._rows.pop(row).slot)
@@ -175,6 +186,20 @@ class MegatronEngine:
             self._sets.append(LocalSet.of(unique, self._vocab, self._columns, self._parallel.device))
         return self._set_numbers[key]
 
+    def _move_together(self) -> None:
+        """Move rows down into free slots where they lie too far apart for one slice of the cache."""
+        rows = sorted(self._rows.values(), key=lambda r: r.slot)
+        if not rows or rows[-1].slot < SPARSE * len(rows):
+            return
+        for row, target in zip(reversed(rows), sorted(self._free), strict=False):
+            if target > row.slot:
+                break
+            for cache in self._caches:
+                cache.copy(row.slot, target, row.cached)
+            self._free.remove(target)
+            self._free.append(row.slot)
+            row.slot = target
+
     def _check_length(self, length: int) -> None:
         if length > self.max_tokens:
             raise UserError(f"a row of {length} tokens; the engine was made for {self.max_tokens}; raise max_tokens")
@@ -187,6 +212,7 @@ class MegatronEngine:
             raise UserError(f"temperature {temperature}; it divides the logits; use a number above 0")
         assert len({e.row for e in extends}) == len(extends), "a row can be extended once per step"
         self._parallel.mark("rollout")
+        self._move_together()
         scores = np.full(sum(len(e.ids) for e in extends), np.nan)
         answers = np.full((3, sum(len(e.queries) for e in extends)), np.nan)
         for plan in self._plan(extends):
@@ -259,7 +285,7 @@ class MegatronEngine:
         device, sizes = self._parallel.device, self._parallel.sizes
         multiple = (sizes.tensor if sizes.sequence else 1) * (FP8_TOKENS if self._config.fp8 else 1)
         padding = -len(plan.ids) % multiple
-        layout = Layout(plan.runs, padding, self.max_tokens, device)
+        layout = Layout(plan.runs, padding, self.max_tokens, device, self._config.params_dtype)
         ids = torch.tensor(plan.ids + [0] * padding, device=device).unsqueeze(0)
         self.counters.forward_passes += 1
         self.counters.tokens += len(plan.ids)

@@ -93,6 +93,11 @@ class PromptEngine:
         self._rows[self._next_row] = list(map(int, ids))
         return self._next_row
 
+    def fork(self, row: int, length: int) -> int:
+        """See `RolloutEngine.fork`; what can be shared is found by the model's own prefix cache."""
+        assert 1 <= length <= len(self._rows[row]), f"a fork after {length} of {len(self._rows[row])} tokens"
+        return self.open(self._rows[row][:length])
+
     def close(self, row: int) -> None:
         """See `RolloutEngine.close`."""
         del self._rows[row]

@@ -1,4 +1,7 @@
-"""The system call filter of a jailed process, assembled here as classic BPF: no library is needed at run time.
+"""The system call filters of a sandbox, assembled here as classic BPF: no library is needed at run time.
+
+Two layers: one for the servers of a sandbox, inherited by every process they fork, and a short one, the gate, that
+such a process closes behind itself before it runs anything, and that takes away what only servers need.
 
 Calls are refused with EPERM, so that a program sees an ordinary exception. Refused: the network, other processes
 (looking at, signalling, making them), new programs, namespaces and mounts, kernel interfaces with a history of holes,
@@ -9,6 +12,7 @@ calls do not exist (ENOSYS), so nothing slips in with a new kernel.
 import errno
 import platform
 import struct
+import sys
 
 _LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -29,8 +33,6 @@ REFUSED = {
     "accept4": (288, 242),
     "bind": (49, 200),
     "listen": (50, 201),
-    "sendmsg": (46, 211),
-    "recvmsg": (47, 212),
     "sendmmsg": (307, 269),
     "recvmmsg": (299, 243),
     # other processes
@@ -50,7 +52,6 @@ REFUSED = {
     "tkill": (200, 130),
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
-    "setpgid": (109, 154),
     "setsid": (112, 157),
     "setpriority": (141, 140),
     "sched_setparam": (142, 118),
@@ -98,6 +99,10 @@ REFUSED = {
     "modify_ldt": (154, -1),
     "personality": (135, 92),
     "vhangup": (153, 58),
+    # attributes of a folder that is used again would tell the next program something
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
     # kernel interfaces with a history
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
@@ -122,10 +127,11 @@ REFUSED = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
-    "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
 }
-"""Refused whatever their arguments."""
+"""Refused to all, whatever the arguments."""
+GATE = {"sendmsg": (46, 211), "recvmsg": (47, 212), "setpgid": (109, 154), "memfd_create": (319, 279)}
+"""Refused to what a server has forked."""
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _KILL_CALL, _TGKILL, _PRLIMIT, _AFFINITY = (62, 129), (234, 131), (302, 261), (203, 122)
 _PRCTL, _FCNTL, _IOCTL = (157, 167), (72, 25), (16, 29)
@@ -134,6 +140,8 @@ _OWNERS = (8, 10, 15, 1031)
 """fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX send signals to others; F_SETPIPE_SZ takes kernel memory."""
 _IOCTLS = (0x8901, 0x8902, 0x5412)
 """FIOSETOWN and SIOCSPGRP as above; TIOCSTI types into a terminal."""
+_OWN_PID = 0x7A7A7A7A
+"""Stands for the process's own number in the gate that is made once."""
 
 _Line = tuple[int, int, str | int, str | int]
 
@@ -141,20 +149,32 @@ _Line = tuple[int, int, str | int, str | int]
 class _Assembler:
     """Instructions with jumps to named ends; a jump that is not taken goes on with the next line."""
 
-    def __init__(self) -> None:
-        self.lines: list[_Line] = []
+    def __init__(self, machine: str) -> None:
+        self._column = {"x86_64": 0, "aarch64": 1}[machine]
+        self._lines: list[_Line] = [(_LOAD, _ARCH, 0, 0), (_JUMP_EQ, _AUDIT[machine], 0, "kill"), (_LOAD, _NR, 0, 0)]
+        if machine == "x86_64":
+            self._lines.append((_JUMP_GE, _X32, "absent", 0))
 
-    def load(self, offset: int) -> None:
-        self.lines.append((_LOAD, offset, 0, 0))
+    def at_least(self, number: int, end: str) -> None:
+        """Decide all calls from `number` on."""
+        self._lines.append((_JUMP_GE, number, end, 0))
 
-    def jump(self, kind: int, value: int, yes: str | int = 0, no: str | int = 0) -> None:
-        self.lines.append((kind, value, yes, no))
+    def calls(self, numbers: tuple[int, int], end: str) -> None:
+        """Decide a call whatever its arguments."""
+        if numbers[self._column] >= 0:
+            self._lines.append((_JUMP_EQ, numbers[self._column], end, 0))
+
+    def argument(self, numbers: tuple[int, int], index: int, tests: list[_Line]) -> None:
+        """Decide a call by an argument; the last test must jump either way, since the number is loaded no more."""
+        self._lines += [(_JUMP_EQ, numbers[self._column], 0, len(tests) + 1), (_LOAD, _ARG[index], 0, 0), *tests]
 
     def finish(self) -> bytes:
+        """The code; what nothing has decided is allowed."""
+        lines = [*self._lines, (_JUMP_GE, 0, "allow", "allow")]
         ends = {"allow": _ALLOW, "deny": _ERRNO | errno.EPERM, "absent": _ERRNO | errno.ENOSYS, "kill": _KILL}
-        place = {name: len(self.lines) + index for index, name in enumerate(ends)}
+        place = {name: len(lines) + index for index, name in enumerate(ends)}
         code = bytearray()
-        for index, (kind, value, yes, no) in enumerate(self.lines):
+        for index, (kind, value, yes, no) in enumerate(lines):
             # An end is up to 255 lines away, which the number of calls allows; struct refuses more.
             jumps = [place[j] - index - 1 if isinstance(j, str) else j for j in (yes, no)]
             code += struct.pack("=HBBI", kind, *jumps, value)
@@ -163,39 +183,40 @@ class _Assembler:
         return bytes(code)
 
 
-def assemble(pid: int, machine: str = platform.machine()) -> bytes:
-    """The filter for the process `pid`, which may signal itself only."""
-    column = {"x86_64": 0, "aarch64": 1}[machine]
-    asm = _Assembler()
-    asm.load(_ARCH)
-    asm.jump(_JUMP_EQ, _AUDIT[machine], 0, "kill")
-    asm.load(_NR)
-    if machine == "x86_64":
-        asm.jump(_JUMP_GE, _X32, "absent")
-    asm.jump(_JUMP_GE, _LAST_KNOWN + 1, "absent")
-    asm.jump(_JUMP_EQ, _CLONE3[column], "absent")  # its flags cannot be read here; libc then falls back to clone
-    for numbers in sorted(REFUSED.values()):
-        if numbers[column] >= 0:
-            asm.jump(_JUMP_EQ, numbers[column], "deny")
-    _argument(asm, _CLONE[column], 0, [(_JUMP_SET, _CLONE_THREAD, "allow", "deny")])
-    for call in (_KILL_CALL, _TGKILL):
-        _argument(asm, call[column], 0, [(_JUMP_EQ, pid, "allow", "deny")])
+def _only(values: tuple[int, ...], found: str, other: str) -> list[_Line]:
+    return [(_JUMP_EQ, v, found, other if v == values[-1] else 0) for v in values]
+
+
+def for_servers(machine: str = platform.machine()) -> bytes:
+    """The filter of a sandbox's servers and all that they fork."""
+    asm = _Assembler(machine)
+    asm.at_least(_LAST_KNOWN + 1, "absent")
+    asm.calls(_CLONE3, "absent")  # its flags cannot be read here; libc then falls back to clone
+    for numbers in REFUSED.values():
+        asm.calls(numbers, "deny")
     for call in (_PRLIMIT, _AFFINITY):
-        _argument(asm, call[column], 0, [(_JUMP_EQ, 0, "allow", 0), (_JUMP_EQ, pid, "allow", "deny")])
-    _argument(asm, _PRCTL[column], 0, [(_JUMP_EQ, _PDEATHSIG, "deny", "allow")])
-    _argument(asm, _FCNTL[column], 1, [*((_JUMP_EQ, c, "deny", 0) for c in _OWNERS[:-1]), _end(_OWNERS[-1])])
-    _argument(asm, _IOCTL[column], 1, [*((_JUMP_EQ, c, "deny", 0) for c in _IOCTLS[:-1]), _end(_IOCTLS[-1])])
-    asm.jump(_JUMP_GE, 0, "allow", "allow")
+        asm.argument(call, 0, _only((0,), "allow", "deny"))
+    asm.argument(_FCNTL, 1, _only(_OWNERS, "deny", "allow"))
+    asm.argument(_IOCTL, 1, _only(_IOCTLS, "deny", "allow"))
     return asm.finish()
 
 
-def _end(command: int) -> _Line:
-    return (_JUMP_EQ, command, "deny", "allow")
+def _gate(machine: str) -> bytes:
+    asm = _Assembler(machine)
+    for numbers in GATE.values():
+        asm.calls(numbers, "deny")
+    asm.argument(_CLONE, 0, [(_JUMP_SET, _CLONE_THREAD, "allow", "deny")])
+    for call in (_KILL_CALL, _TGKILL):
+        asm.argument(call, 0, _only((_OWN_PID,), "allow", "deny"))
+    asm.argument(_PRCTL, 0, _only((_PDEATHSIG,), "deny", "allow"))
+    return asm.finish()
 
 
-def _argument(asm: _Assembler, number: int, index: int, tests: list[_Line]) -> None:
-    """Decide a call by an argument; the last test must jump either way, since the number is loaded no more."""
-    asm.jump(_JUMP_EQ, number, 0, len(tests) + 1)
-    asm.load(_ARG[index])
-    for kind, value, yes, no in tests:
-        asm.jump(kind, value, yes, no)
+_GATES: dict[str, bytes] = {}
+
+
+def gate(pid: int, machine: str = platform.machine()) -> bytes:
+    """The filter of the process `pid`, which may make threads but no processes, and signal itself only."""
+    if machine not in _GATES:
+        _GATES[machine] = _gate(machine)
+    return _GATES[machine].replace(_OWN_PID.to_bytes(4, sys.byteorder), pid.to_bytes(4, sys.byteorder))

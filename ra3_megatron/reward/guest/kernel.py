@@ -1,10 +1,10 @@
 """System calls that Python does not offer, by ctypes: seccomp, Landlock, namespaces, mounts, capabilities."""
 
 import ctypes
-import errno
 import os
 import platform
 import struct
+from collections.abc import Sequence
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -94,35 +94,36 @@ def landlock_abi() -> int:
     return max(0, result)
 
 
-def landlock(abi: int, read: tuple[int, ...], devices: tuple[int, ...], own: int | None) -> None:
-    """Restrict this process for ever: files below the descriptors `read`, files `devices`, all in the folder `own`.
+def landlock(abi: int, readable: Sequence[str], devices: Sequence[str], own: str) -> None:
+    """Restrict this process for ever: reading below the paths `readable`, files `devices`, all in the folder `own`.
 
-    From ABI 4 on no TCP either, from ABI 6 on no signals to and no abstract sockets of others.
+    From ABI 4 on no TCP either, from ABI 6 on no abstract sockets of others.
     """
     handled = (1 << 13) - 1
     for version, right in ((2, _REFER), (3, _TRUNCATE), (5, 1 << 15)):
         handled |= right if abi >= version else 0
+    # Signals are not scoped (bit 1): a server must be able to end what it has forked; the gate sees to them.
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
-    attributes = struct.pack("<QQQ", handled, 3, 3)[:size]
+    attributes = struct.pack("<QQQ", handled, 3, 1)[:size]
     rules = _syscall("landlock", LANDLOCK_CREATE, attributes, ctypes.c_size_t(size), ctypes.c_uint(0))
     try:
-        for fd in read:
-            _allow(rules, fd, _READ_FILE | _READ_DIR)
-        for fd in devices:
-            _allow(rules, fd, _READ_FILE | _WRITE_FILE)
-        if own is not None:
-            everything = _READ_FILE | _READ_DIR | _WRITE_FILE | _REMOVE | _MAKE | _REFER | _TRUNCATE
-            _allow(rules, own, everything & handled)
+        for path in readable:
+            _allow(rules, path, _READ_FILE | _READ_DIR)
+        for path in devices:
+            _allow(rules, path, _READ_FILE | _WRITE_FILE)
+        everything = _READ_FILE | _READ_DIR | _WRITE_FILE | _REMOVE | _MAKE | _REFER | _TRUNCATE
+        _allow(rules, own, everything & handled)
         _syscall("landlock", LANDLOCK_RESTRICT, ctypes.c_int(rules), ctypes.c_uint(0))
     finally:
         os.close(rules)
 
 
-def _allow(rules: int, fd: int, rights: int) -> None:
-    rule = struct.pack("<Qi", rights, fd)
+def _allow(rules: int, path: str, rights: int) -> None:
+    if not os.path.isdir(path):
+        rights &= ~_READ_DIR
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
+        rule = struct.pack("<Qi", rights, fd)
         _syscall("landlock rule", LANDLOCK_ADD, ctypes.c_int(rules), ctypes.c_int(1), rule, ctypes.c_uint(0))
-    except OSError as error:
-        if error.errno != errno.EINVAL or not rights & _READ_DIR:
-            raise
-        _allow(rules, fd, rights & ~_READ_DIR)  # a file, not a folder
+    finally:
+        os.close(fd)

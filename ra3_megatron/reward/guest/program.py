@@ -5,7 +5,6 @@ import gc
 import io
 import os
 import sys
-import threading
 import traceback
 import types
 from collections.abc import Callable
@@ -105,7 +104,8 @@ def _own_frames(error: BaseException) -> types.TracebackType | None:
 
 def _finish(code: int) -> int:
     """What an interpreter does at its end: wait for threads, run exit handlers, flush."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    if threading := sys.modules.get("threading"):
+        threading._shutdown()
     atexit._run_exitfuncs()
     for file in (sys.stdout, sys.stderr):
         try:

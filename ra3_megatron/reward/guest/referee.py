@@ -9,18 +9,16 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import compare, jail, trusted, zygote
 from .channel import Channel, Closed
-from .remove import remove_tree
+from .remove import empty
 from .session import Session, Stop
 from .supervise import Broken, Ended, Link, Meter, Watch
 from .wire import dumps, loads
 
-TRUSTED_UID_OFFSET = 1000
-"""As root, code of the data set runs under a user id this much above the program's."""
 TRUSTED_CPU_S = 10.0
 """Processor seconds of one test that the data set's own code may take, at least."""
 TRUSTED_MEMORY_MB = 4096
@@ -51,13 +49,11 @@ class Score:
 class Referee:
     """Judges one job at a time."""
 
-    def __init__(self, link: Link, plan: zygote.Plan) -> None:
+    def __init__(self, link: Link, walls: jail.Walls, folder: str) -> None:
         self._link = link
-        self._plan = plan
-        uid = plan.jail.uid
-        self._jail = replace(plan.jail, uid=None if uid is None else uid + TRUSTED_UID_OFFSET)
+        self._walls = walls
+        self._folder = folder
         self._null = os.open("/dev/null", os.O_RDWR)
-        self._serial = 0
 
     def judge(self, job: dict[str, Any]) -> dict[str, Any]:
         """The verdict on a job as plain data.
@@ -175,9 +171,9 @@ class Referee:
         read, write = os.pipe()
 
         def run() -> None:
-            work(ours.fileno(), write, job, first)
+            work(3, 4, job, first)
 
-        pid = self._fork_trusted(run, {ours.fileno(), write}, None)
+        pid = self._fork_trusted(run, (ours.fileno(), write))
         os.close(write)
         ours.close()
         watch.meters.append(Meter(pid, max(TRUSTED_CPU_S, 2 * job["cpu"]), "the tests' own code"))
@@ -220,22 +216,15 @@ class Referee:
             if line["last"]:
                 return index
 
-    def _fork_trusted(self, run: Callable[[], None], keep: set[int], folder: str | None) -> int:
-        """Run trusted code in a jailed child that keeps only the descriptors `keep`; its process id."""
+    def _fork_trusted(self, run: Callable[[], None], fds: tuple[int, ...]) -> int:
+        """Run trusted code in a jailed child that has `fds` as descriptors 3, 4, ... only; its process id."""
         parent = os.getpid()
         pid = os.fork()
         if pid:
             return pid
         try:
-            for fd in range(3):
-                os.dup2(self._null, fd)
-            keep = {*keep, *self._jail.read, *self._jail.devices}
-            first = 3
-            for fd in sorted(keep):
-                os.closerange(first, fd)
-                first = fd + 1
-            os.closerange(first, 256)
-            jail.enter(self._jail, folder, 3600.0, TRUSTED_MEMORY_MB, parent)
+            jail.take((self._null, self._null, self._null, *fds))
+            jail.close_gate(self._walls, 3600.0, TRUSTED_MEMORY_MB, parent)
             run()
             os._exit(0)
         finally:
@@ -280,25 +269,20 @@ class Referee:
         return ("wrong", wrong) if wrong else ("passed", "")
 
     def _check(self, job: dict[str, Any], given: str, printed: str, expected: str) -> tuple[str, str]:
-        """Let the data set's checker decide, in a process and a folder of its own."""
-        self._serial += 1
-        folder = os.path.join(self._plan.folder, f"check{self._serial}")
-        os.mkdir(folder, 0o700)
-        if self._jail.uid is not None:
-            os.chown(folder, self._jail.uid, self._jail.uid)
+        """Let the data set's checker decide, in a process of its own."""
         read, write = os.pipe()
 
         def run() -> None:
-            trusted.checker(write, job["checker"], (given, printed, expected))
+            trusted.checker(3, job["checker"], (given, printed, expected))
 
-        pid = self._fork_trusted(run, {write}, folder)
+        pid = self._fork_trusted(run, (write,))
         os.close(write)
         meter = Meter(pid, max(TRUSTED_CPU_S, 2 * job["cpu"]), "the checker")
         try:
             said, status = _hear_checker(pid, read, meter, job["wall"])
         finally:
             os.close(read)
-            remove_tree(folder)
+            empty(self._folder)
         if status is None:
             return "cpu_limit", "the checker took too long over the output"
         return ("passed", "") if _accepts(said, status) else ("wrong", f"the checker says {said[:200]!r}")

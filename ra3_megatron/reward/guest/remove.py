@@ -5,16 +5,15 @@ import stat
 import sys
 
 
-def remove_tree(path: str) -> None:
-    """Remove the folder `path`: without recursion or long paths, and never following a link.
+def empty(path: str) -> None:
+    """Remove what lies in the folder `path`: without recursion or long paths, and never following a link.
 
     What lies in a sub-folder is moved up before the sub-folder goes, so depth costs nothing.
     """
-    try:
-        os.chmod(path, 0o700)
-        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    os.chmod(path, 0o700)
+    if not os.listdir(path):
         return
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         serial = 0
         while names := os.listdir(top):
@@ -26,7 +25,6 @@ def remove_tree(path: str) -> None:
                 os.rmdir(name, dir_fd=top)
     finally:
         os.close(top)
-    os.rmdir(path)
 
 
 def _is_folder(name: str, at: int) -> bool:
@@ -50,4 +48,5 @@ def _lift(name: str, top: int, serial: int) -> int:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        remove_tree(argument)
+        empty(argument)
+        os.rmdir(argument)

@@ -10,46 +10,33 @@ import os
 import select
 import signal
 import socket
-import time
 import traceback
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import jail, kernel, probe, program
-from .remove import remove_tree
+from . import jail, probe, program
+from .remove import empty
 
 MESSAGE = 1 << 16
 KILL = b"kill"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a fork server keeps to."""
-
-    jail: jail.Jail
-    """The walls."""
-    folder: str
-    """Where work folders are made."""
-
-
-def serve(link: socket.socket, plan: Plan) -> NoReturn:
+def serve(link: socket.socket, walls: jail.Walls, folder: str) -> NoReturn:
     """Serve until `link` closes; never returns."""
     code = 1
     try:
-        _close_others({link.fileno(), *plan.jail.read, *plan.jail.devices})
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        _close_others({link.fileno()})
+        jail.enter(walls, walls.uid, folder)
+        server = _Server(link, walls, folder)
         gc.collect()
-        gc.freeze()
-        serial = 0
+        gc.freeze()  # the collector would write to, and so copy, every page in every child
+        gc.disable()
         while True:
             message, fds, _, _ = socket.recv_fds(link, MESSAGE, 8)
             if not message:
                 code = 0
                 break
-            if message == KILL:
-                continue  # too late: that program had just ended
-            serial += 1
-            _one(link, plan, json.loads(message), fds, serial)
+            if message != KILL:  # too late: that program had just ended
+                server.run(json.loads(message), fds)
     except BaseException:  # noqa: BLE001 - the last words of this process
         traceback.print_exc()
     finally:
@@ -66,90 +53,64 @@ def _close_others(keep: set[int]) -> None:
                 continue
 
 
-def _one(link: socket.socket, plan: Plan, order: dict[str, Any], fds: list[int], serial: int) -> None:
-    """Start one program, see to its end, and leave nothing of it."""
-    folder = os.path.join(plan.folder, f"job{serial}")
-    os.mkdir(folder, 0o700)
-    if plan.jail.uid is not None:
-        os.chown(folder, plan.jail.uid, plan.jail.uid)
-    parent = os.getpid()
-    started = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        _become(link, plan, order, fds, folder, parent)
-    for fd in fds:
-        os.close(fd)
-    _tell(link, {"pid": pid})
-    wait = _Reaper(pid)
-    with wait:
-        while not wait.over(link):
-            message = link.recv(MESSAGE)
+class _Server:
+    """Runs programs one after the other."""
+
+    def __init__(self, link: socket.socket, walls: jail.Walls, folder: str) -> None:
+        self._link = link
+        self._walls = walls
+        self._folder = folder
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        self._poll = select.poll()
+        self._poll.register(self._woken, select.POLLIN)
+        self._poll.register(link.fileno(), select.POLLIN)
+
+    def run(self, order: dict[str, Any], fds: list[int]) -> None:
+        """Start one program, see to its end, and leave nothing of it."""
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _become(self._walls, order, fds, parent)
+        for fd in fds:
+            os.close(fd)
+        self._tell({"pid": pid})
+        while (ended := self._wait(pid)) is None:
+            message = self._link.recv(MESSAGE)
             os.kill(pid, signal.SIGKILL)  # the order can be nothing else, or the other side has gone
             if not message:
                 os.waitpid(pid, 0)
-                remove_tree(folder)
+                empty(self._folder)
                 os._exit(0)
-    remove_tree(folder)
-    usage = wait.usage
-    answer = {"status": wait.status, "cpu": usage.ru_utime + usage.ru_stime, "wall": time.monotonic() - started}
-    _tell(link, answer)
+        empty(self._folder)
+        status, usage = ended
+        self._tell({"status": status, "cpu": usage.ru_utime + usage.ru_stime})
 
-
-class _Reaper:
-    """Waits for one child and for orders at the same time."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.status = 0
-        self.usage: Any = None
-
-    def __enter__(self) -> "_Reaper":
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
-        os.close(self._read)
-        os.close(self._write)
-
-    def over(self, link: socket.socket) -> bool:
-        """Block until the child has ended and is reaped (true) or there is an order (false)."""
-        poll = select.poll()
-        poll.register(self._read, select.POLLIN)
-        poll.register(link.fileno(), select.POLLIN)
+    def _wait(self, pid: int) -> tuple[int, Any] | None:
+        """Block until the child is reaped (its status and usage) or there is an order (none)."""
         while True:
-            # Looked at after the pipe is set up: a child that ended before is found here, a later one wakes the pipe.
-            pid, self.status, self.usage = os.wait4(self.pid, os.WNOHANG)
-            if pid:
-                return True
-            ready = [fd for fd, _ in poll.poll()]
-            if self._read in ready:
-                os.read(self._read, 4096)
-            elif link.fileno() in ready:
-                return False
+            # A child that ended before is found here, a later one wakes the poll.
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
+            if ended:
+                return status, usage
+            ready = [fd for fd, _ in self._poll.poll()]
+            if self._woken in ready:
+                os.read(self._woken, 4096)
+            elif ready:
+                return None
+
+    def _tell(self, answer: dict[str, Any]) -> None:
+        self._link.send(json.dumps(answer).encode())
 
 
-def _tell(link: socket.socket, answer: dict[str, Any]) -> None:
-    link.send(json.dumps(answer).encode())
-
-
-def _become(
-    link: socket.socket, plan: Plan, order: dict[str, Any], fds: list[int], folder: str, parent: int
-) -> NoReturn:
-    """In the child: take the files, close everything else, enter the jail, run."""
+def _become(walls: jail.Walls, order: dict[str, Any], fds: list[int], parent: int) -> NoReturn:
+    """In the child: take the files, close everything else, close the gate, run."""
     try:
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        highest = max(255, *fds)
-        for target, fd in enumerate([os.dup2(fd, highest + 1 + i) for i, fd in enumerate(fds)]):
-            os.dup2(fd, target)
-        keep = {*plan.jail.read, *plan.jail.devices}
-        first = len(fds)
-        for fd in sorted(keep):
-            os.closerange(first, fd)
-            first = fd + 1
-        os.closerange(first, highest + 16)
-        jail.enter(plan.jail, folder, order["cpu"], order["memory"], parent)
+        jail.take(fds)
+        jail.close_gate(walls, order["cpu"], order["memory"], parent)
         if order["mode"] == "probe":
             probe.run(program.CHANNEL_FD)
         program.start(order)
@@ -166,17 +127,12 @@ def order(mode: str, *, cpu_s: float, memory_mb: int, limit: int, data: int = 0)
     return json.dumps(content).encode()
 
 
-def fork_server(plan: Plan) -> tuple[socket.socket, int]:
-    """Fork the server off this process, which must not have seen a job yet; its link and its process id."""
+def fork_server(walls: jail.Walls, folder: str) -> socket.socket:
+    """Fork the server off this process, which must not have seen a job yet; the line to it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
+    if os.fork() == 0:
         ours.close()
         os.setsid()
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL, "parent death signal")
-        if os.getppid() != parent:
-            os._exit(1)
-        serve(theirs, plan)
+        serve(theirs, walls, folder)
     theirs.close()
-    return ours, pid
+    return ours

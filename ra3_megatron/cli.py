@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ra3_megatron.config.control import EXIT_USER, Interrupted, write_outcome
+from ra3_megatron.config.control import EXIT_USER, Interrupted, exit_code, write_outcome
 from ra3_megatron.config.errors import UserError
+
+if TYPE_CHECKING:
+    from ra3_megatron.config.run import RunConfig
 
 GRACE_S = 3.0
 """Seconds a rank other than 0 waits before it prints a user error.
@@ -93,25 +96,126 @@ def midtrain(
     """Train a model: corpus in, trained model and report out. Run it again to go on where it stopped."""
     from ra3_megatron.config.run import load_config
 
+    if stage is None and (arm is not None or round is not None):
+        raise UserError("--arm and --round say which stage is meant; give --stage too")
     run_config = load_config(config, overrides or [])
+    _run(run_config, dry_run, world_size, status, accept_changes, stage, arm, round, part)
+
+
+@app.command(no_args_is_help=True)
+def rlvr(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, such as configs/smollm2-135m-rlvr.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings that replace the file's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, batches and memory of the run, and start nothing.")
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes a dry run reckons with.", show_default=False)
+    ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with a run whose configuration was changed on purpose.")
+    ] = False,
+    stage: Annotated[str | None, typer.Option(help="Run this stage alone, such as tasks or rlvr.")] = None,
+    status: Annotated[bool, typer.Option("--status", help="Print which stages are done, and start nothing.")] = False,
+) -> None:
+    """Reinforcement learning with judged programs alone: no mid-training before. Run it again to go on."""
+    from ra3_megatron.config.run import load_config, without_arms
+
+    run_config = without_arms(load_config(config, overrides or []))
+    _run(run_config, dry_run, world_size, status, accept_changes, stage)
+
+
+def _run(
+    config: "RunConfig",
+    dry_run: bool,
+    world_size: int | None,
+    status: bool,
+    accept_changes: bool,
+    stage: str | None = None,
+    arm: str | None = None,
+    round: int | None = None,
+    part: str | None = None,
+) -> None:
+    """What `midtrain` and `rlvr` have in common."""
     if dry_run:
         from ra3_megatron.stages.dry_run import dry_run as print_dry_run
 
         # Under a launcher every process comes here; one answer is enough.
         if process_rank() == 0:
-            print_dry_run(run_config, world_size)
+            print_dry_run(config, world_size)
         return
     if world_size is not None:
         raise UserError(f"--world-size {world_size} was given without --dry-run; start the processes with torchrun")
     from ra3_megatron.stages import pipeline
 
     if status:
-        say(pipeline.status(run_config))
+        say(pipeline.status(config))
         return
-    if stage is None and (arm is not None or round is not None):
-        raise UserError("--arm and --round say which stage is meant; give --stage too")
     shards = pipeline.parse_part(part, stage)
-    pipeline.run(run_config, accept_changes, pipeline.Only(stage, arm, round, shards) if stage is not None else None)
+    pipeline.run(config, accept_changes, pipeline.Only(stage, arm, round, shards) if stage is not None else None)
+
+
+@app.command(no_args_is_help=True)
+def launch(
+    target: Annotated[Path, typer.Argument(help="YAML file of the run, or the folder of a run launched before.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings that replace the file's.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a training stage.", show_default=False)] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; 0 = a cluster of CPUs.")] = 8,
+    processes_per_node: Annotated[int, typer.Option(min=0, help="Training processes per node; 0 = one per GPU.")] = 0,
+    cpus_per_process: Annotated[int, typer.Option(min=0, help="Cores per process; 0 = the cluster's default.")] = 0,
+    spares: Annotated[int, typer.Option(min=0, help="Further nodes that step in for bad ones.")] = 0,
+    array: Annotated[int, typer.Option(min=1, help="Jobs that share a generation stage.")] = 1,
+    array_nodes: Annotated[int, typer.Option(min=1, help="Nodes of each of them.")] = 1,
+    limit: Annotated[str, typer.Option("--time", help="Time limit of a job, such as 08:00:00.")] = "",
+    grace_s: Annotated[int, typer.Option(min=1, help="Seconds before the limit at which to save.")] = 300,
+    copies: Annotated[
+        int, typer.Option(min=0, help="For sites without requeue: queue each stage this many times; 0 = requeue.")
+    ] = 0,
+    sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch, such as --exclusive.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Finished run to estimate the time by.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every command, and submit nothing.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Print where the run stands.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Remove the stop file and the counts of failures, then submit.")
+    ] = False,
+) -> None:
+    """Submit a run to Slurm, stage by stage: what is not done and not queued. Run it again to fill gaps."""
+    from ra3_megatron.launch import command
+    from ra3_megatron.launch.settings import Settings
+
+    settings = None
+    if nodes is not None:
+        settings = Settings(
+            nodes, gpus_per_node, processes_per_node, cpus_per_process, spares, array, array_nodes, limit, grace_s,
+            "copies" if copies else "requeue", copies or 1, tuple(sbatch or ()),
+        )  # fmt: skip
+    elif not target.is_dir():
+        raise UserError(f"{target} is a configuration; say on how many nodes: --nodes N")
+    if status:
+        say(command.show_status(target, overrides or []))
+    elif resume:
+        say(command.resume(target, overrides or [], settings))
+    else:
+        say(command.launch(target, overrides or [], settings, dry_run, measured))
+
+
+@app.command(hidden=True)
+def job(
+    target: Annotated[Path, typer.Argument(help="YAML file of the run, or the folder of a run launched before.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.field=value]...")] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage; none = submit the whole chain.")] = None,
+    arm: Annotated[str | None, typer.Option()] = None,
+    round: Annotated[int | None, typer.Option(min=1)] = None,
+    join: Annotated[bool, typer.Option("--join", help="Join the shards of a generation.")] = False,
+) -> None:
+    """The inside of a batch script of slurm/: one stage, watched over; or the submission of all of them."""
+    from ra3_megatron.launch import inside
+
+    raise typer.Exit(inside.inside_a_job(target, overrides or [], stage, arm, round, join))
 
 
 @app.command(no_args_is_help=True)
@@ -233,8 +337,8 @@ def main() -> None:
     except UserError as error:
         write_outcome(EXIT_USER, " ".join(str(error).split()))
         report_user_error(error)
-        sys.exit(EXIT_USER)
+        sys.exit(exit_code(EXIT_USER))
     except Interrupted as wish:
         write_outcome(wish.code, wish.reason)
         say(f"left: {wish.reason}")
-        sys.exit(wish.code)
+        sys.exit(exit_code(wish.code))

@@ -22,11 +22,10 @@ class RlvrConfig:
     start_arm: str | None = None
     """With a run folder as `start`: the arm whose last checkpoint is meant; none = the run's first."""
     tasks: str | None = None
-    """File of tasks, or a hub name; needed when `steps` > 0."""
-    layout: str = "jsonl"
-    """Layout of `tasks`: `jsonl` (ours), `mbpp`, `acecode`, `deepcoder`, `areal-boba-2`, `livecodebench`."""
-    split: str = "train"
-    """Part of `tasks` to read, where the layout has parts."""
+    """File of tasks, or folder that holds it under its usual name; none = the data set's repository on the hub."""
+    layout: Literal["tasks", "mbpp_train", "acecode", "deepcoder", "areal", "livecodebench"] = "tasks"
+    """Layout of `tasks`: ours (docs/rlvr.md), MBPP's training and validation parts, AceCode-87K, DeepCoder-Preview,
+    AReaL-boba-2, LiveCodeBench."""
     max_tasks: int | None = None
     """Tasks read at most, in the file's order; none = all."""
     validation_tasks: int = 32
@@ -38,15 +37,19 @@ class RlvrConfig:
     unfit_tasks: Literal["drop", "error"] = "drop"
     """Tasks that cannot be trained on: prompt without room, tests that must share a process with the program, tests
     that fail on the task's own reference. `drop` and count them, or refuse to start."""
-    prompt: str = "{prompt}"
-    """Text put to the model; `{prompt}` is the task's prompt, `\\n` a line end. The answer goes on from it."""
-    chat: bool = False
-    """Put the prompt into the chat template of the model's tokenizer, as one message of the user."""
-    answer: Literal["auto", "completion", "block"] = "auto"
-    """Where the program is in an answer: `completion`, the answer goes on from the prompt's code; `block`, the last
-    fenced block of code; `auto`, a block where there is one, else as the task says."""
+    prompt: Literal["completion", "chat"] = "completion"
+    """`completion`: the text that base models go on with, as in the evaluation. `chat`: a request in the chat template
+    of the model's tokenizer; the program is taken out of the answer. Thoughts (comments) are part of an answer."""
+    mbpp_prompt: Literal["few_shot", "docstring"] = "docstring"
+    """MBPP in completion form: three solved problems in front, or a docstring."""
+    template: str = "{prompt}"
+    """What is put around the text of `prompt`; must hold `{prompt}`."""
+    start_token: Literal["hf", "auto", "bos", "eos", "none"] = "auto"
+    """Token before a prompt in completion form, as in data.tokenizer.start_token; `hf`: whatever the tokenizer puts
+    there when `transformers` uses it."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, beside the tokenizer's end of text; they are no part of the program."""
+    """Texts that end an answer, beside those of the prompt's form and the tokenizer's end of text; they are no part of
+    the program."""
     prompts_per_step: int = 32
     """Tasks per step over all replicas; a multiple of replicas x `minibatches`."""
     group_size: int = 8
@@ -111,7 +114,6 @@ class RlvrConfig:
             _at_least(f"rlvr.{name}", getattr(self, name), value)
         choices = {
             "unfit_tasks": ("drop", "error"),
-            "answer": ("auto", "completion", "block"),
             "reward": ("all", "fraction"),
             "advantage": ("normalised", "centred", "leave_one_out"),
             "aggregation": ("sequence_mean", "token_mean", "constant"),
@@ -136,12 +138,14 @@ class RlvrConfig:
                 f"rlvr.overlong = soft and rlvr.overlong_buffer = {self.overlong_buffer}; the price needs room to rise "
                 f"in; set the buffer to 1 up to rlvr.max_tokens = {self.max_tokens}"
             )
-        if "{prompt}" not in self.prompt:
-            raise UserError(f"rlvr.prompt = {self.prompt!r} lacks {{prompt}}, where the task's prompt goes; put it in")
+        if "{prompt}" not in self.template:
+            raise UserError(
+                f"rlvr.template = {self.template!r} lacks {{prompt}}, where the task's prompt goes; put it in"
+            )
         if self.steps and (self.lr <= 0 or self.warmup_steps >= self.steps * self.minibatches):
             raise UserError(
                 f"rlvr.lr = {self.lr} and rlvr.warmup_steps = {self.warmup_steps}; the rate must be above 0 and the "
                 f"warm-up shorter than the {self.steps * self.minibatches} updates"
             )
-        if self.steps and self.tasks is None:
+        if self.steps and self.tasks is None and self.layout == "tasks":
             raise UserError(f"rlvr.steps = {self.steps} and rlvr.tasks is empty; name the file of tasks to train on")

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -107,6 +107,13 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 def config_from_dict(data: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Like `load_config`, from plain data."""
     return _build(data, list(overrides), "configuration")
+
+
+def without_arms(config: RunConfig) -> RunConfig:
+    """The same run with RLVR alone: nothing is mid-trained before. Raises UserError when RLVR is not configured."""
+    if not config.rlvr.steps:
+        raise UserError("rlvr.steps is 0; set the number of steps, and rlvr.tasks to the file of tasks to train on")
+    return replace(config, run=replace(config.run, arms=()))
 
 
 def _build(data: Any, overrides: list[str], where: str) -> RunConfig:

@@ -194,15 +194,16 @@ class RunSection:
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     arms: tuple[str, ...] = ("ra3",)
-    """What is trained, one after the other from the same base on the same corpus: `ra3`, and the baselines `ntp`
+    """What is mid-trained, one after the other from the same base on the same corpus: `ra3`, and the baselines `ntp`
     (next-token prediction), `self_comment` (thoughts of the base model), `bolt` (its thoughts, resampled by importance
-    weight), `brite` (one reward for the whole snippet). The first is the one that is exported."""
+    weight), `brite` (one reward for the whole snippet). The first is the one that is exported. None: RLVR alone, which
+    `ra3 rlvr` makes of every configuration."""
     rounds: int = 1
     """EM rounds: variational update, rationale generation and fine-tuning, each from the last one's weights."""
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown or not self.arms or len(set(self.arms)) != len(self.arms):
+        if unknown or len(set(self.arms)) != len(self.arms):
             raise UserError(f"run.arms = {list(self.arms)}; give one or more of {', '.join(ARMS)}, each once")
         if self.rounds < 1:
             raise UserError(f"run.rounds = {self.rounds}; it must be at least 1")

@@ -56,10 +56,12 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
     for section, name in _at_least_one:
         if getattr(getattr(config, section), name) < 1:
             raise UserError(f"{section}.{name} is {getattr(getattr(config, section), name)}; it must be at least 1")
-    _check_train_length(config)
+    if config.run.arms:
+        _check_train_length(config)
     _check_optimizer(config)
     data = replicas(p, world)
     _check_ra3(config, data)
+    _check_rlvr(config, data)
     check_model_split(p, architecture)
     _check_windows(config, architecture)
     if t.global_batch_size % (t.micro_batch_size * data):
@@ -83,7 +85,7 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
         tokens_per_step=t.global_batch_size * t.seq_length,
         padded_vocab=padded_vocab_size(architecture.vocab_size, config.model.vocab_multiple, p.tensor),
     )
-    if t.epochs is None:
+    if config.run.arms and t.epochs is None:
         total_steps(config, layout, windows=0)
     return layout
 
@@ -169,6 +171,45 @@ def _check_ra3(config: RunConfig, data: int) -> None:
         raise UserError(
             f"variational.snippets_per_step ({config.variational.snippets_per_step}) is not a multiple of the {data} "
             f"replicas; use {_round_up(config.variational.snippets_per_step, data)}"
+        )
+
+
+def _check_rlvr(config: RunConfig, data: int) -> None:
+    r, p = config.rlvr, config.parallel
+    if not r.steps:
+        if not config.run.arms:
+            raise UserError("run.arms is empty and rlvr.steps is 0; nothing would be trained; set one of them")
+        return
+    if r.start is not None and (config.run.arms or config.model.source is not None or config.base.tokens):
+        raise UserError(
+            f"rlvr.start is {r.start}, but the run has arms, model.source or base.tokens, which RLVR would start from; "
+            "leave rlvr.start out, or use ra3 rlvr without the other two"
+        )
+    if not config.run.arms and r.start is None and config.model.source is None and not config.base.tokens:
+        raise UserError(
+            "RLVR alone has nothing to start from; set model.source, rlvr.start (a checkpoint or run folder) or "
+            "base.tokens"
+        )
+    unit = data * r.minibatches
+    if r.prompts_per_step % unit:
+        raise UserError(
+            f"rlvr.prompts_per_step ({r.prompts_per_step}) is not a multiple of {data} replicas x rlvr.minibatches "
+            f"({r.minibatches}); use {_round_up(r.prompts_per_step, unit)}"
+        )
+    if p.context > 1:
+        raise UserError(
+            f"rlvr.steps is {r.steps} and parallel.context is {p.context}; the rollout engine's cache is not split "
+            "along the sequence; set parallel.context to 1"
+        )
+    if config.latent.engine == "vllm" and p.tensor * p.pipeline > 1:
+        raise UserError(
+            f"latent.engine is vllm, parallel.tensor {p.tensor} and parallel.pipeline {p.pipeline}; vLLM gets the "
+            "weights whole; set both to 1, or latent.engine=megatron"
+        )
+    if r.max_tokens >= config.train.seq_length:
+        raise UserError(
+            f"rlvr.max_tokens ({r.max_tokens}) leaves no room for a prompt in train.seq_length "
+            f"({config.train.seq_length}); lower it, or raise that"
         )
 
 

@@ -74,11 +74,13 @@ class Progress:
         snippets_per_second: float | None = None,
         reward: float | None = None,
         think_rate: float | None = None,
+        pass_rate: float | None = None,
         seconds: float | None = None,
     ) -> None:
         """Show that `step` steps are done. Losses in nats per token, speeds over all processes; ETA is worked out.
 
-        `reward`, `think_rate` (a fraction) and `seconds` (of the step) are those of an E-step.
+        `reward`, `think_rate` (a fraction) and `seconds` (of the step) are those of an E-step, `pass_rate` (a fraction)
+        is of RLVR.
         """
         if not self._enabled:
             return
@@ -90,6 +92,8 @@ class Progress:
             figures.append(f"validation loss {validation_loss:.4f}")
         if reward is not None:
             figures.append(f"reward {reward:.4f}")
+        if pass_rate is not None:
+            figures.append(f"pass rate {pass_rate:.1%}")
         if think_rate is not None:
             figures.append(f"thinks {100 * think_rate:.1f} %")
         if seconds is not None:

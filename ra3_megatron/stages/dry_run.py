@@ -5,12 +5,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ra3_megatron.checkpoint.manifest import ARCHITECTURE
+from ra3_megatron.checkpoint.state import read_architecture
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.estimate import estimate_memory, parameters_per_rank
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import Layout, resolve_layout
 from ra3_megatron.parallel.launch import launch_from_env
+from ra3_megatron.stages.start import start_checkpoint
 
 
 def declared_architecture(config: RunConfig) -> tuple[Architecture, str]:
@@ -19,6 +22,9 @@ def declared_architecture(config: RunConfig) -> tuple[Architecture, str]:
     Raises UserError when neither says it, or when both do and differ.
     """
     m = config.model
+    if config.rlvr.start is not None and not config.run.arms:
+        start = start_checkpoint(config)
+        return read_architecture(start / ARCHITECTURE), str(start)
     if m.source is None:
         if m.architecture is None:
             raise UserError("model.source and model.architecture are both unset; name a base model or give a shape")
@@ -85,6 +91,7 @@ def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: 
         ),
         ("tokens per step", f"{layout.tokens_per_step:,} = {t.global_batch_size} windows x {t.seq_length} tokens"),
         ("length", _length(config, layout)),
+        *_rlvr_rows(config, a, layout),
         (
             "compute",
             f"{a.flops_per_token(t.seq_length / 2) * layout.tokens_per_step:.3e} FLOPs per step "
@@ -103,8 +110,35 @@ def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: 
     return table
 
 
+def _rlvr_rows(config: RunConfig, a: Architecture, layout: Layout) -> list[tuple[str, str]]:
+    """Arithmetic of RLVR's steps, and the memory of its key-value cache."""
+    r, t = config.rlvr, config.train
+    if not r.steps:
+        return []
+    element = 4 if config.model.precision == "fp32" else 2
+    heads = a.num_kv_heads // layout.tensor
+    rows = config.latent.max_batch
+    cache = 2 * element * rows * t.seq_length * heads * a.head_dim * (a.num_layers // layout.pipeline)
+    answers = r.prompts_per_step * r.group_size
+    return [
+        (
+            "RLVR",
+            f"{r.steps:,} steps x {r.prompts_per_step} tasks x {r.group_size} answers = {r.steps * answers:,} answers "
+            f"of at most {r.max_tokens} tokens, up to {r.max_refills} refills; {r.prompts_per_step // layout.data} "
+            f"tasks per replica and step, {r.minibatches} updates per step, lag up to {r.max_lag}",
+        ),
+        (
+            "RLVR, key-value cache",
+            f"{cache / 2**30:.2f} GiB at most = {rows} rows (latent.max_batch) x {t.seq_length} tokens"
+            + (", and the weights once more for the reference" if r.kl_coefficient else ""),
+        ),
+    ]
+
+
 def _length(config: RunConfig, layout: Layout) -> str:
     t = config.train
+    if not config.run.arms:
+        return "no mid-training: run.arms is empty"
     if t.epochs is not None:
         return f"{t.epochs} epochs; steps follow from the packed corpus"
     steps = t.steps if t.steps is not None else -(-(t.tokens or 0) // layout.tokens_per_step)

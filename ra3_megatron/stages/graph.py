@@ -6,13 +6,13 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.ra3 import THINKING_ARMS
 from ra3_megatron.config.run import RunConfig
 
-SHARED = ("import", "prepare", "prepare-base", "base", "export", "measure")
+SHARED = ("import", "prepare", "prepare-base", "base", "tasks", "export", "measure", "evaluate")
 """Stages that belong to no arm."""
 
-OF_ARMS = ("variational", "generate", "sft", "ntp")
-"""Stages of an arm; all but `ntp` come once per round."""
+OF_ARMS = ("variational", "generate", "sft", "ntp", "rlvr")
+"""Stages of an arm; all but `ntp` and `rlvr` come once per round. RLVR alone belongs to no arm."""
 
-ONE_PROCESS = ("import", "prepare", "prepare-base", "export")
+ONE_PROCESS = ("import", "prepare", "prepare-base", "tasks", "export")
 """Stages that one process does, while others would only wait: a job of its own takes one, whatever the layout."""
 
 
@@ -41,14 +41,24 @@ def graph(config: RunConfig) -> tuple[Node, ...]:
         return name
 
     start = add("import", "import") if config.model.source is not None else ""
-    corpus = add("prepare", "prepare", start)
+    # RLVR alone, from a model that is brought along, needs no corpus.
+    corpus = add("prepare", "prepare", start) if config.run.arms or config.base.tokens else ""
     if config.base.tokens:
         start = add("base", "base", add("prepare-base", "prepare-base", corpus))
+    # Early, so that a bad file of tasks is refused before the arms are trained.
+    tasks = add("tasks", "tasks", start, corpus) if config.rlvr.steps else ""
     trained = [_add_arm(add, config, arm, corpus, start) for arm in config.run.arms]
+    final = trained
+    if tasks:
+        names = [(f"{arm}-rlvr", arm, end) for arm, end in zip(config.run.arms, trained, strict=True)]
+        names = names or [("rlvr", "", start)]
+        final = [add(name, "rlvr", corpus, tasks, end, arm=arm) for name, arm, end in names]
     if config.export.enabled:
-        add("export", "export", corpus, trained[0])
+        add("export", "export", corpus, final[0])
     if measured(config):
         add("measure", "measure", corpus, start, *trained)
+    if config.evaluation.benchmarks:
+        add("evaluate", "evaluate", corpus, start, *dict.fromkeys((*trained, *final)))
     return tuple(nodes)
 
 

@@ -1,6 +1,7 @@
 """The main job: the stages of a run, in the order of its graph, each skipped when it is done.
 
-base model → for every arm and round: E-step → generation → fine-tuning → export, held-out measurement, report.
+base model → for every arm and round: E-step → generation → fine-tuning; RLVR of every arm, or of the base alone →
+export, held-out measurement, evaluation on benchmarks, report.
 """
 
 import logging
@@ -15,6 +16,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.sections import ParallelConfig
 from ra3_megatron.config.validate import resolve_layout
 from ra3_megatron.data.prepare import PreparedCorpus, open_prepared
+from ra3_megatron.data.tokenizers import load_folder
 from ra3_megatron.model.factory import choose_layers
 from ra3_megatron.parallel.groups import initialize
 from ra3_megatron.parallel.launch import launch_from_env
@@ -24,10 +26,13 @@ from ra3_megatron.stages.dry_run import declared_architecture
 from ra3_megatron.stages.generate import GenerateInputs, Part, open_bootstrapped, run_generate
 from ra3_megatron.stages.graph import ONE_PROCESS, Node, find, graph
 from ra3_megatron.stages.inputs import export_model, import_model, prepare_base, prepare_corpus
-from ra3_megatron.stages.interrupt import listen
+from ra3_megatron.stages.interrupt import listen, sign_in
 from ra3_megatron.stages.measure import ArmOutcome, MeasureInputs, run_measure
+from ra3_megatron.stages.rlvr import RlvrInputs, run_rlvr
+from ra3_megatron.stages.rlvr_tasks import TaskReader, open_tasks, prepare_tasks
 from ra3_megatron.stages.run_folder import RunFolder, StageFolder
 from ra3_megatron.stages.sft import SftInputs, run_sft
+from ra3_megatron.stages.start import start_checkpoint
 from ra3_megatron.stages.variational import VariationalInputs, run_variational
 
 
@@ -66,6 +71,7 @@ def run(config: RunConfig, accept_changes: bool = False, only: Only | None = Non
     logging.getLogger("megatron.core.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     listen()
+    sign_in(launch.rank)
     with initialize(sizes, launch) as parallel, ExitStack() as held:
         context = Context(config, architecture, layout, parallel, RunFolder(Path(config.run.dir)))
 
@@ -166,6 +172,8 @@ class _Job:
     def _start(self) -> Path | None:
         """Weights that every arm begins with; none = random ones."""
         name = next((name for name in ("base", "import") if name in self.nodes), None)
+        if name is None and self.config.rlvr.start is not None:
+            return start_checkpoint(self.config)
         return self._checkpoint(name) if name else None
 
     def _weights(self, arm: str, round: int) -> Path:
@@ -187,7 +195,12 @@ class _Job:
 
     @property
     def _hf_folder(self) -> Path:
-        return self.folders["prepare"].path / "hf"
+        """config.json and tokenizer: of the corpus, or where there is none of the model that is started from."""
+        if "prepare" in self.nodes:
+            return self.folders["prepare"].path / "hf"
+        start = self._start()
+        assert start is not None, "validation lets no run be without a corpus and a model"
+        return start / "hf"
 
     # ---------------------------------------------------------------- stages, by kind
 
@@ -228,6 +241,17 @@ class _Job:
         weights = self._weights(node.arm, node.round) if self.config.train.init == "base" else self._policy(node)
         run_sft(self.context, stage, SftInputs(infused, self._hf_folder, weights, self._corpus()))
 
+    def _tasks(self, node: Node, stage: StageFolder) -> None:
+        self.context.run_once(stage, "tasks", lambda s: prepare_tasks(self.context, s, self._reader()))
+
+    def _reader(self) -> TaskReader:
+        return TaskReader(self.config, load_folder(self._hf_folder), self._hf_folder)
+
+    def _rlvr(self, node: Node, stage: StageFolder) -> None:
+        tasks = open_tasks(self._reader(), self.folders["tasks"].path)
+        weights = self._checkpoint(node.needs[-1]) if node.arm else self._start()
+        run_rlvr(self.context, stage, RlvrInputs(tasks, self._hf_folder, weights))
+
     def _export(self, node: Node, stage: StageFolder) -> None:
         checkpoint = self._checkpoint(node.needs[-1])
         self.context.run_once(stage, "export", lambda s: export_model(self.context, s, checkpoint))
@@ -238,7 +262,7 @@ class _Job:
 
     def _outcome(self, arm: str) -> ArmOutcome:
         """Final weights of an arm and what they cost: all its stages together."""
-        stages = [node.name for node in self.nodes.values() if node.arm == arm]
+        stages = [node.name for node in self.nodes.values() if node.arm == arm and node.kind != "rlvr"]
         results = [self._result(name) for name in stages]
         return ArmOutcome(
             weights=self._checkpoint(stages[-1]),
@@ -254,7 +278,7 @@ class _Job:
         """Tell where everything is, one line each."""
         path, lines = self.context.folder.path, ["", "done:"]
         for name, stage in self.folders.items():
-            if not stage.done or self.nodes[name].kind not in ("base", "ntp", "sft", "variational"):
+            if not stage.done or self.nodes[name].kind not in ("base", "ntp", "sft", "variational", "rlvr"):
                 continue
             result = self._result(name)
             text = f"  {name:<18} {result['step']} steps"
@@ -264,6 +288,9 @@ class _Job:
             if "probe_reward_after" in result:
                 before, after = result["probe_reward_before"], result["probe_reward_after"]
                 text += f", reward {before:.4f} -> {after:.4f} (rise +- {result['probe_rise_error']:.4f})"
+            if result.get("pass_rate_after") is not None:
+                before, after = result["pass_rate_before"], result["pass_rate_after"]
+                text += f", held-out tasks passed {before:.1%} -> {after:.1%}"
             lines += [text, f"  {'':<18} {path / result['checkpoint']}"]
         if (export := self.folders.get("export")) is not None and export.done:
             lines.append(f"  Hugging Face       {export.path / 'hf'}")

@@ -1,0 +1,193 @@
+"""The policy of RLVR: model in training, rollout engine on it, frozen reference beside it."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ra3_megatron.algo.losses import PolicyLossConfig
+from ra3_megatron.checkpoint.capture import synchronise_parameters
+from ra3_megatron.checkpoint.weights import load_weights, read_done
+from ra3_megatron.config.run import RunConfig
+from ra3_megatron.data.batch import TrainBatch
+from ra3_megatron.data.packing import TrainSequence
+from ra3_megatron.data.sampler import WindowSampler
+from ra3_megatron.data.tokenizers import Tokenizer
+from ra3_megatron.model.factory import build_model, choose_layers
+from ra3_megatron.parallel.groups import seed_everything
+from ra3_megatron.rollout.completion import CompletionSettings
+from ra3_megatron.rollout.factory import build_rollout_engine
+from ra3_megatron.rollout.groups import ANSWERS, answer_batches, with_log_probs
+from ra3_megatron.rollout.scoring import score_labels
+from ra3_megatron.stages.context import Context
+from ra3_megatron.stages.rlvr_tasks import RlvrTasks
+from ra3_megatron.training.actions import ACTION
+from ra3_megatron.training.components import (
+    LossComponent,
+    policy_gradient_component,
+    reference_kl_component,
+)
+from ra3_megatron.training.engine import StepResult, TrainEngine
+
+_SPEED_ONLY = ("checkpoint_interval", "steps", "eval_interval", "start", "start_arm", "tasks")
+"""Settings of `rlvr` that change no answer to a task at given weights, or are known by what they lead to."""
+
+
+def training_config(config: RunConfig) -> RunConfig:
+    """The configuration with RLVR's learning rate: a warm-up, then constant."""
+    r = config.rlvr
+    settings = replace(
+        config.optimizer,
+        lr=r.lr,
+        min_lr=0.0,
+        schedule="constant",
+        warmup_steps=r.warmup_steps,
+        weight_decay=r.weight_decay,
+    )
+    return replace(config, optimizer=settings)
+
+
+def seed_of(seed: int, purpose: str) -> int:
+    """Seed of the random numbers for one purpose of a run, 48 bits."""
+    return int.from_bytes(hashlib.sha256(f"rlvr {seed} {purpose}".encode()).digest()[:6], "big")
+
+
+def loss_components(config: RunConfig) -> list[LossComponent]:
+    """The policy gradient and, with a coefficient, the divergence from the reference, divided alike."""
+    r = config.rlvr
+    loss = PolicyLossConfig(
+        correction="truncate" if r.correction == "truncate" else "clip",
+        clip_low=r.clip_low,
+        clip_high=r.clip_high,
+        dual_clip=r.dual_clip,
+        max_importance_weight=r.max_importance_weight,
+    )
+    found = [policy_gradient_component(loss, reads="labels")]
+    if r.kl_coefficient:
+        found.append(reference_kl_component(r.kl_coefficient, r.kl_estimator))
+    return [replace(c, normaliser=ANSWERS) for c in found] if r.aggregation == "constant" else found
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What the updates of one step did."""
+
+    results: tuple[StepResult, ...]
+    """Of every minibatch."""
+    score_tokens: int
+    """Tokens run forward for log-probs of other policies, padding included, on this replica."""
+    train_tokens: int
+    """Tokens trained on, padding included, on this replica."""
+    tokens: int
+    """The same without padding."""
+    loss_tokens: int
+    """Tokens with a weight, on this replica."""
+    score_seconds: float
+    """Time the forward passes for log-probs of other policies took."""
+
+
+class RlvrPolicy:
+    """What RLVR trains and draws from, on this process. `weights` None: random weights."""
+
+    def __init__(self, context: Context, tasks: RlvrTasks, tokenizer: Tokenizer, weights: Path | None) -> None:
+        self.context, self.tasks, self.tokenizer, self.parallel = context, tasks, tokenizer, context.parallel
+        self.config = training_config(context.config)
+        self.weights = weights
+        r, architecture = self.config.rlvr, context.architecture
+        context.say(f"model: {choose_layers(self.config.model).reason}, {self.config.model.precision}, "
+                    f"{self.parallel.device}")  # fmt: skip
+        components = loss_components(self.config)
+        self.engine = TrainEngine(
+            self.config,
+            architecture,
+            self.parallel,
+            self._model(),
+            components,
+            r.steps * r.minibatches,
+            label_temperature=r.temperature,
+        )
+        # No row is longer than this, and the key-value cache is as long as the longest.
+        self.longest_row = row = tasks.longest_prompt + r.max_tokens
+        self.rollouts = build_rollout_engine(self.config, self.engine.chunks, architecture, self.parallel, row)
+        self._others: dict[str, Sequence[torch.nn.Module]] = {}
+        if r.correction == "decoupled":
+            self._others["proximal_log_probs"] = self.engine.chunks
+        if r.kl_coefficient:
+            self._others["reference_log_probs"] = self._frozen()
+        stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.sampling = CompletionSettings(r.max_tokens, r.temperature, stop=r.stop, stop_ids=stop_ids)
+
+    def _model(self) -> list:
+        """The starting weights; where they are random, the same at every call."""
+        seed_everything(self.config.run.seed, self.parallel)
+        chunks = build_model(self.context.architecture, self.config.model, self.parallel)
+        if self.weights is not None:
+            load_weights(self.weights, chunks, self.context.architecture, self.parallel)
+        return chunks
+
+    def _frozen(self) -> list:
+        chunks = self._model()
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        return chunks
+
+    # ---------------------------------------------------------------- data and random numbers
+
+    @property
+    def own_slots(self) -> range:
+        """This replica's share of a step's tasks."""
+        own = self.config.rlvr.prompts_per_step // self.parallel.sizes.data
+        return range(self.parallel.data_rank * own, (self.parallel.data_rank + 1) * own)
+
+    def sampler(self) -> WindowSampler:
+        """Order of the tasks."""
+        count, seed = self.config.rlvr.prompts_per_step, seed_of(self.config.run.seed, "order")
+        return WindowSampler(len(self.tasks.train), count, seed, self.tasks.fingerprint)
+
+    @property
+    def settings(self) -> str:
+        """Names what answers depend on besides their place: tasks, starting weights, sampling, training."""
+        rlvr = {k: v for k, v in asdict(self.config.rlvr).items() if k not in _SPEED_ONLY}
+        start = "random" if self.weights is None else read_done(self.weights)["parameters_sha256"]
+        train = {k: getattr(self.config.train, k) for k in ("seq_length",)}
+        body = [self.tasks.fingerprint, start, self.config.run.seed, train, rlvr, asdict(self.config.optimizer)]
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    # ---------------------------------------------------------------- updates
+
+    def update(self, parts: Sequence[Sequence[TrainSequence]], first: int) -> Updated:
+        """One optimizer update per part (this replica's sequences of a minibatch); `first` is the number of the first.
+
+        Log-probs of the proximal policy are those of the weights before the first of these updates.
+        """
+        r, train = self.config.rlvr, self.config.train
+        multiple = self.context.layout.sequence_multiple
+        minibatches = [answer_batches(part, r, train, self.parallel, multiple) for part in parts]
+        scored, start = 0, time.monotonic()
+        for name, chunks in self._others.items():
+            synchronise_parameters(chunks)
+            minibatches = [with_log_probs(m, name, self._score(chunks, m)) for m in minibatches]
+            scored += _padded(minibatches)
+        seconds = time.monotonic() - start
+        results = [self.engine.train_step(m, first + i) for i, m in enumerate(minibatches)]
+        sequences = [s for part in parts for s in part]
+        return Updated(
+            tuple(results),
+            score_tokens=scored,
+            train_tokens=_padded(minibatches),
+            tokens=sum(len(s.ids) for s in sequences),
+            loss_tokens=sum(int((s.weights[ACTION] != 0).sum()) for s in sequences),
+            score_seconds=seconds,
+        )
+
+    def _score(self, chunks: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) -> list[torch.Tensor]:
+        architecture, temperature = self.context.architecture, self.config.rlvr.temperature
+        return score_labels(chunks, architecture, self.parallel, batches, temperature)
+
+
+def _padded(minibatches: Sequence[Sequence[TrainBatch]]) -> int:
+    return sum(b.input_ids.numel() for m in minibatches for b in m)

@@ -34,7 +34,8 @@ TRUSTED_UID_OFFSET = 1000
 
 def library_paths(site: str | None) -> list[str]:
     """What a program must be able to read: Python's library, shared libraries, numpy if asked for."""
-    own = {os.path.realpath(sysconfig.get_path("stdlib")), os.path.realpath(sysconfig.get_path("platstdlib"))}
+    base = {"installed_base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment's
+    own = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
     prefix_lib = os.path.join(sys.base_prefix, "lib")
     shared = [os.path.join(prefix_lib, name) for name in sorted(os.listdir(prefix_lib)) if name.startswith("libpython")]
     numpy = [os.path.join(site, name) for name in ("numpy", "numpy.libs")] if site else []

@@ -9,7 +9,7 @@ from typing import NoReturn
 from .channel import Channel
 from .wire import dumps
 
-HOST_FILES = ("/etc/passwd", "/etc/hostname", "/etc/os-release", "/proc/self/environ", "/proc/1/cmdline")
+HOST_FILES = ("/etc/passwd", "/etc/hostname", "/etc/fstab", "/proc/self/environ", "/proc/1/cmdline")
 
 
 def _possible(attempt: Callable[[], object]) -> bool:

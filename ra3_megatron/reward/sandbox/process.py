@@ -180,8 +180,13 @@ def bubblewrap(site: str | None) -> list[str]:
             command += ["--cap-add", f"CAP_{capability}"]
     else:
         command += ["--unshare-user"]
-    for path in (*launch.library_paths(site), interpreter(), str(_GUEST)):
+    paths = [*launch.library_paths(site), interpreter(), str(_GUEST)]
+    # bubblewrap would give the folders above them the modes they have here, and /root may be closed to others.
+    for folder in sorted({str(parent) for path in paths for parent in Path(path).parents} - {"/"}):
+        if folder not in paths:
+            command += ["--perms", "0755", "--dir", folder]
+    for path in paths:
         command += ["--ro-bind", path, path]
-    for device in launch.DEVICES:
+    for device in launch.devices():
         command += ["--dev-bind", device, device]
     return [*command, "--perms", "0711", "--size", str(64 << 20), "--tmpfs", launch.WORK, "--remount-ro", "/", "--"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ra3_megatron.config.control import EXIT_USER, Interrupted, exit_code, write_outcome
+from ra3_megatron.config.control import EXIT_CRASH, EXIT_USER, Interrupted, exit_code, write_outcome
 from ra3_megatron.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ convert = typer.Typer(
     name="convert", help="Hugging Face weights in, out, and proof that they agree.", no_args_is_help=True
 )
 app.add_typer(convert)
+judge = typer.Typer(name="judge", help="Judging of programs, for other machines.", no_args_is_help=True)
+app.add_typer(judge)
+tasks = typer.Typer(name="tasks", help="Sets of tasks for reinforcement learning.", no_args_is_help=True)
+app.add_typer(tasks)
 
 
 def process_rank() -> int:
@@ -292,6 +296,33 @@ def verify_(
     raise typer.Exit(0 if outcome.ok else 1)
 
 
+@judge.command("serve")
+def judge_serve(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[judge.field=value]...", help="Settings, such as judge.workers=32 judge.secret_file=F."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback needs judge.secret_file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = a free one, printed.")] = 8099,
+    allow_unsafe: Annotated[
+        bool,
+        typer.Option("--allow-unsafe", help="Run tests that share a process with the program (parity evaluation)."),
+    ] = False,
+) -> None:
+    """Judge programs for trainers on other machines, over HTTP, until SIGTERM: judge.backend=service is the client."""
+    from ra3_megatron.config.run import config_from_dict
+
+    config = config_from_dict({}, overrides or []).judge
+    _one_process("judge serve")
+    from ra3_megatron.reward.service import serve
+
+    serve(host, port, config, allow_unsafe=allow_unsafe)
+
+
 def _one_process(command: str) -> None:
     """Raise UserError under a launcher with several processes, which would write the same files side by side."""
     from ra3_megatron.parallel.launch import launch_from_env
@@ -301,6 +332,52 @@ def _one_process(command: str) -> None:
         raise UserError(
             f"ra3 {command} was started as {world} processes; it is a job for one: start it without torchrun"
         )
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, run folder, Hugging Face folder or GGUF file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings, such as judge.workers=8.")
+    ] = None,
+    benchmarks: Annotated[
+        str, typer.Option(help="humaneval, humaneval+, mbpp, mbpp+, livecodebench, codeforces, with commas.")
+    ] = "humaneval,mbpp",
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 1,
+    mode: Annotated[str, typer.Option(help="strict, or parity with the reference evaluators.")] = "strict",
+    temperature: Annotated[float | None, typer.Option(help="0 = greedy; 0.8 with several samples.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the benchmarks' files; else the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; evaluations/NAME unless given.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Model, or folder of results, to compare with.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many problems of each.")] = None,
+) -> None:
+    """Measure a model on benchmarks. Run it again to go on where it stopped."""
+    from ra3_megatron.stages.evaluate_alone import run_alone
+
+    chosen = {"benchmarks": _listed("--benchmarks", benchmarks, str), "samples": samples, "mode": mode}
+    chosen |= {"max_tokens": max_tokens, "limit": limit, "data_dir": data_dir}
+    chosen["temperature"] = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
+    run_alone(checkpoint, out, against, chosen, overrides or [])
+
+
+@tasks.command("check", no_args_is_help=True)
+def check_tasks(
+    path: Annotated[Path, typer.Argument(help="Task file, or a folder with files of the usual names.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings, such as judge.cpu_s=8.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="tasks, mbpp_train, acecode, deepcoder, areal, or a benchmark.")
+    ] = "tasks",
+) -> None:
+    """Read a set of tasks and judge its reference solutions. Exit code 1 if one fails its own tests."""
+    from ra3_megatron.stages.evaluate_alone import check_tasks as check
+
+    _one_process("tasks check")
+    account, fine = check(path, layout, overrides or [])
+    say(account)
+    raise typer.Exit(0 if fine else 1)
 
 
 @app.command()
@@ -342,3 +419,7 @@ def main() -> None:
         write_outcome(wish.code, wish.reason)
         say(f"left: {wish.reason}")
         sys.exit(exit_code(wish.code))
+    except Exception as error:
+        # Whoever fails first knows why; the others only that a peer is gone.
+        write_outcome(EXIT_CRASH, f"rank {process_rank()}: {type(error).__name__}: {error}", first=True)
+        raise

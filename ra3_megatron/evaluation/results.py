@@ -21,9 +21,9 @@ from ra3_megatron.evaluation.statistics import (
 )
 
 METHOD = (
-    "pass@k: unbiased estimate per problem (Chen et al. 2021), mean over problems. 95 % intervals are over problems, as "
-    "drawn from all that could be asked: Wilson's for single answers, else a studentised bootstrap. The sampling error "
-    "is over other answers of the same model to the same problems. Differences are paired by problem; p-values by "
+    "pass@k: unbiased estimate per problem (Chen et al. 2021), mean over problems. 95 % intervals are over problems, "
+    "as drawn from all that could be asked: Wilson's for single answers, else a studentised bootstrap. The sampling "
+    "error is over other answers of the same model to the same problems. Differences are paired by problem; p-values by "
     "flipping signs (exact McNemar for single answers), two-sided, not corrected for the number of comparisons."
 )
 CONTAMINATION = (
@@ -208,9 +208,7 @@ def _table(results: Mapping[str, Any]) -> Iterator[str]:
     for name, model in results["models"].items():
         for benchmark, found in model["benchmarks"].items():
             cells = [f"pass@{k} {_cell(v)}" for k, v in found["pass_at"].items()]
-            for part in ("visible", "hidden"):
-                if found[part] is not None:
-                    cells.append(f"{part} {_cell(found[part])}")
+            cells += [f"{part} {_cell(found[part])}" for part in ("visible", "hidden") if found[part] is not None]
             lost = f", {found['lost']} without a verdict" if found["lost"] else ""
             yield f"  {name:<{width}}{benchmark:<15}{'  '.join(cells)}  ({found['problems']} problems{lost})"
             for bucket, rate in {**found.get("ratings", {}), **found.get("difficulties", {})}.items():

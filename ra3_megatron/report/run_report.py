@@ -13,6 +13,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.report.arms import arms_view
 from ra3_megatron.report.compare_report import COMPARE_FILE, comparison_view
 from ra3_megatron.report.environment import ENVIRONMENT_FILE, redact
+from ra3_megatron.report.evaluation_view import evaluation_view
 from ra3_megatron.report.figures import Row, leaves
 from ra3_megatron.report.page import write_page
 from ra3_megatron.report.rationales import embed_rationales, rationale_sources
@@ -44,7 +45,8 @@ def build_report(run_dir: Path | str) -> Path:
     stages = [stage_view(folder, records[folder.name], unit) for folder in folders]
     arms = arms_view(folders, records)
     compared = comparison_view(run_dir / COMPARE_FILE) if (run_dir / COMPARE_FILE).is_file() else None
-    weight = sum(len(chart) for view in (*stages, arms, compared) if view for chart in view.charts)
+    evaluations = [view for folder in folders if (view := evaluation_view(folder)) is not None]
+    weight = sum(len(chart) for view in (*stages, arms, compared, *evaluations) if view for chart in view.charts)
     sources = [source for folder in folders for source in rationale_sources(folder)]
     rationales = None
     if sources:
@@ -57,6 +59,7 @@ def build_report(run_dir: Path | str) -> Path:
         facts=_facts(config),
         arms=arms,
         compared=compared,
+        evaluations=evaluations,
         stages=stages,
         rationales=rationales,
         rationale_data=Markup(rationales.json) if rationales else "",

@@ -74,7 +74,7 @@ def _lists(value: Any) -> Any:
 
 
 def text(printed: str, expected: str, rule: str, tolerance: float) -> str:
-    """How the printed text differs from the expected one by `rule` (`lines`, `tokens`, `numbers`); empty = it agrees."""
+    """How the printed text differs from the expected by `rule` (`lines`, `tokens`, `numbers`); empty = it agrees."""
     if rule == "lines":
         got, want = _trimmed(printed), _trimmed(expected)
         unit = "line"

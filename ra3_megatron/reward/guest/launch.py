@@ -17,10 +17,10 @@ from . import jail, kernel, referee, supervise, zygote
 from .channel import Channel
 from .wire import dumps
 
-PRELOADED = (
-    "abc bisect cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions "
-    "functools heapq io itertools json math numbers operator os re string struct sys time traceback types typing"
-).split()
+PRELOADED = tuple(
+    "abc bisect cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions "  # noqa: SIM905
+    "functools heapq io itertools json math numbers operator os re string struct sys time traceback types typing".split()
+)
 """Imported once here, so that no program pays for them. Not threading and random: they have work done after every
 fork, which costs more than all the rest of it."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/dev/full")
@@ -95,7 +95,11 @@ def enter_namespaces() -> None:
     flags = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
     kernel.unshare(flags | (kernel.CLONE_NEWUSER if user else 0))
     if user:
-        for name, content in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        for name, content in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
             with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
                 file.write(content)
     # Not before: the files of an undumpable process belong to root.

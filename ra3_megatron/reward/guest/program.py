@@ -30,9 +30,9 @@ def read_all(fd: int) -> bytes:
 
 def _open_standard_files() -> None:
     """Fresh sys.stdin, stdout and stderr over descriptors 0 to 2, as a new process has them."""
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(
-        io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape"
-    )
+    given = io.BufferedReader(io.FileIO(0, "r", closefd=False))
+    sys.stdin = io.TextIOWrapper(given, "utf-8", "surrogateescape")
+    sys.__dict__["__stdin__"] = sys.stdin
     for fd, name, errors in ((1, "stdout", "surrogateescape"), (2, "stderr", "backslashreplace")):
         raw = io.FileIO(fd, "w", closefd=False)
         text = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", errors, line_buffering=fd == 2)

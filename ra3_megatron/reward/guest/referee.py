@@ -107,9 +107,7 @@ class Referee:
     ) -> Watch:
         fd = _memory_file("program", source)
         try:
-            order = zygote.order(
-                mode, cpu_s=job["cpu"] * tests, memory_mb=job["memory"], limit=job["limit"], data=data
-            )
+            order = zygote.order(mode, cpu_s=job["cpu"] * tests, memory_mb=job["memory"], limit=job["limit"], data=data)
             pid = self._link.spawn(order, (*files, channel.fileno() if channel else self._null, fd))
         finally:
             os.close(fd)
@@ -156,7 +154,7 @@ class Referee:
             except (Stop, Ended) as reason:
                 score.count(*_settled(reason, watch))
                 return index + 1
-            except Exception as error:  # noqa: BLE001 - the program's, by name
+            except Exception as error:
                 text = getattr(error, "raised_by_program", None)
                 if text is None:
                     raise
@@ -205,8 +203,8 @@ class Referee:
                 continue
             outcome, message = line["outcome"], line["message"]
             if not outcome:
-                reason = watch.ended()
-                outcome, message = reason.outcome, reason.message
+                end = watch.ended()
+                outcome, message = end.outcome, end.message
             passed = score.count(outcome, message)
             if line.get("loading"):
                 return score.total
@@ -355,7 +353,7 @@ def _failed_run(watch: Watch, status: int, errors: bytes) -> tuple[str, str]:
         code = os.WEXITSTATUS(status)
         if last.startswith("MemoryError"):
             return "memory", last
-        if code == 1 and any(line.startswith("Traceback ") for line in lines) or "Error" in last:
+        if (code == 1 and any(line.startswith("Traceback ") for line in lines)) or "Error" in last:
             return "exception", last
         return "crashed", f"ended with {code}; {last}".rstrip("; ")
     reason = watch.ended()

@@ -18,8 +18,8 @@ from .channel import Channel
 from .session import Session, Stop, stand_in
 
 HELPFUL = frozenset(
-    "array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools json "
-    "math numbers operator random re statistics string sys time typing numpy".split()
+    "array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools json "  # noqa: SIM905
+    "math numbers numpy operator random re statistics string sys time typing".split()
 )
 """Modules whose names the tests may take from the program's imports."""
 _ALIASES = {"np": "numpy"}
@@ -82,7 +82,7 @@ def _imports_of(program: str) -> dict[str, tuple[str, str | None]]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 name = alias.asname or alias.name
-                if alias.name in HELPFUL and name in (alias.name, next((k for k in _ALIASES if _ALIASES[k] == alias.name), "")):
+                if alias.name in HELPFUL and alias.name in (name, _ALIASES.get(name)):
                     found[name] = (alias.name, None)
         elif isinstance(node, ast.ImportFrom) and node.module in HELPFUL and not node.level:
             for alias in node.names:

@@ -2,9 +2,9 @@
 
 A value is one tag byte and its content, little endian: N T F (None, True, False), q (int, 8 bytes), i (int, length and
 two's complement), d (float, its 8 bytes, so NaN and -0.0 survive), c (complex), s (str, UTF-8 with lone surrogates),
-b (bytes), l t e z (list, tuple, set, frozenset: count and items), m (dict: count and pairs), r (range), g (an iterator, listed),
-v (another iterable, listed, and its handle), h (a handle: an object that stays where it is). A frame is the length in
-4 bytes and one value.
+b (bytes), l t e z (list, tuple, set, frozenset: count and items), m (dict: count and pairs), r (range), y (a builtin
+type by name), g (an iterator, listed), v (another iterable, listed, and its handle), h (a handle: an object that stays
+where it is). A frame is the length in 4 bytes and one value.
 """
 
 import struct
@@ -23,6 +23,12 @@ _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
 _C128 = struct.Struct("<dd")
 _SMALL = 1 << 63
+
+
+_TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, type(None), type)
+}
 
 
 class WireError(ValueError):
@@ -125,6 +131,8 @@ class Encoder:
                 self._put(int(number), depth + 1)
         elif type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
             self._put(value.item(), depth + 1)
+        elif isinstance(value, type) and _TYPES.get(value.__name__) is value:
+            self._bytes(b"y", value.__name__.encode())
         elif self._handle is None:
             raise Unsendable(f"an object of type {type(value).__name__} is no plain data")
         elif isinstance(value, Iterator):
@@ -167,7 +175,8 @@ class Encoder:
             self._put(item, depth + 1)
 
 
-_KEYS, _VALUES, _ITEMS = type({}.keys()), type({}.values()), type({}.items())
+_EMPTY: dict[int, int] = {}
+_KEYS, _VALUES, _ITEMS = type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items())
 
 
 class Decoder:
@@ -244,6 +253,8 @@ class Decoder:
             return complex(*_C128.unpack(self._take(16)))
         if tag == b"r":
             return self._range(depth)
+        if tag == b"y":
+            return self._type()
         if self._handle is not None:
             if tag == b"h":
                 return self._handle(_U32.unpack(self._take(4))[0])
@@ -253,6 +264,12 @@ class Decoder:
                 items = [self._get(depth + 1) for _ in range(self._count())]
                 return Listed(items, self._handle(_U32.unpack(self._take(4))[0]))
         raise WireError(f"unknown tag {tag!r}")
+
+    def _type(self) -> type:
+        name = self._take(self._count()).decode("ascii", "replace")
+        if name not in _TYPES:
+            raise WireError("an unknown type")
+        return _TYPES[name]
 
     def _range(self, depth: int) -> range:
         numbers = [self._get(depth + 1) for _ in range(3)]

@@ -142,7 +142,8 @@ class LocalPool:
                 if not future.set_running_or_notify_cancel():
                     continue
                 if sandbox is not None and jobs >= self._config.jobs_per_sandbox:
-                    sandbox = self._drop(number)
+                    self._drop(number)
+                    sandbox = None
                 verdict, sandbox, jobs = self._attempt(number, way, sandbox, jobs, submission)
                 future.set_result(verdict)
         finally:
@@ -172,7 +173,8 @@ class LocalPool:
                 return _verdict(answer), sandbox, jobs
             except Exception as error:  # noqa: BLE001 - whatever broke, this worker goes on with a fresh sandbox
                 problem = f"{type(error).__name__}: {error}"
-                sandbox = self._drop(number)
+                self._drop(number)
+                sandbox = None
                 if not self._closed.is_set():
                     logger.warning("judge: sandbox %d failed on %r: %s", number, submission.name, problem)
         return Verdict(Outcome.LOST, 0, total, problem[-500:]), sandbox, jobs

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 START_S = 60.0
 """Wall seconds within which a sandbox must have started."""
 _GUEST = Path(guest.__file__).parent
-_START = f"import sys; sys.path.insert(0, {str(_GUEST.parent)!r}); from guest import launch; del sys.path[0]; launch.start()"
+_START = (
+    f"import sys; sys.path.insert(0, {str(_GUEST.parent)!r}); from guest import launch; del sys.path[0]; launch.start()"
+)
 _ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # the order of sets of strings, and with it a verdict, is the same everywhere
@@ -62,7 +64,7 @@ class Sandbox:
 
     def __init__(self, config: JudgeConfig, namespaces: str, number: int) -> None:
         self._folder: str | None = None
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the sandbox
         ours, theirs = socket.socketpair()
         self._socket = ours
         try:
@@ -70,16 +72,17 @@ class Sandbox:
             if namespaces == "none":
                 self._folder = folder = tempfile.mkdtemp(prefix="ra3-judge-")
                 os.chmod(folder, 0o711)
+            site = numpy_folder() if config.preload_numpy else None
             settings = {
                 "fd": theirs.fileno(),
                 "namespaces": namespaces,
                 "uid": config.uid + number,
                 "folder": folder,
-                "site": numpy_folder() if config.preload_numpy else None,
+                "site": site,
             }
             command = [interpreter(), "-S", "-s", "-P", "-B", "-c", _START, json.dumps(settings)]
             if namespaces == "bubblewrap":
-                command = bubblewrap(settings["site"]) + command
+                command = bubblewrap(site) + command
             self._process = subprocess.Popen(
                 command,
                 env=_ENVIRONMENT,
@@ -182,7 +185,8 @@ def bubblewrap(site: str | None) -> list[str]:
         command += ["--unshare-user"]
     paths = [*launch.library_paths(site), interpreter(), str(_GUEST)]
     # bubblewrap would give the folders above them the modes they have here, and /root may be closed to others.
-    for folder in sorted({str(parent) for path in paths for parent in Path(path).parents} - {"/"}):
+    above = {str(folder) for path in (*paths, *launch.devices()) for folder in Path(path).parents}
+    for folder in sorted(above - {"/"}):
         if folder not in paths:
             command += ["--perms", "0755", "--dir", folder]
     for path in paths:

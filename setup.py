@@ -53,6 +53,10 @@ REQUIRED = [
     "jinja2>=3.1",
     "markupsafe>=3",
     "matplotlib>=3.10",
+    # judge on other machines
+    "httpx2>=2.16",
+    "starlette>=1.0",
+    "uvicorn>=0.40",
 ]
 
 EXTRAS = {

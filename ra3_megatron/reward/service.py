@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 """What a client is told to wait when the queue is full."""
+CLIENT_GONE = 499
+"""Status that nobody reads."""
 GRACE_S = 30
 """Seconds that requests under way get to end after SIGTERM; then they are cut off, and their clients ask elsewhere."""
 
@@ -95,6 +97,8 @@ class Service:
             except (ProtocolError, UserError) as error:
                 return JSONResponse({"error": str(error)}, 400)
             verdict = await _verdict_or_gone(future, request)
+            if verdict is None:
+                return Response(status_code=CLIENT_GONE)
             return Response(pack_verdict(verdict), media_type="application/json")
         finally:
             self._pending -= 1
@@ -113,15 +117,14 @@ async def _body(request: Request) -> bytes | None:
     return bytes(body)
 
 
-async def _verdict_or_gone(future: "Future[Verdict]", request: Request) -> Verdict:
-    """The verdict; a client that hangs up before takes its submission out of the queue."""
+async def _verdict_or_gone(future: "Future[Verdict]", request: Request) -> Verdict | None:
+    """The verdict; a client that hangs up before takes its submission out of the queue: None."""
     verdict = asyncio.ensure_future(asyncio.wrap_future(future))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({verdict, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not verdict.done():
-            raise asyncio.CancelledError
-        return verdict.result()
+        waited: set[asyncio.Future] = {verdict, gone}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        return verdict.result() if verdict.done() else None
     finally:
         gone.cancel()
         verdict.cancel()
@@ -166,7 +169,10 @@ def serve(host: str, port: int, config: JudgeConfig, *, allow_unsafe: bool = Fal
         # uvicorn sends itself the signal again once it has stopped; this process then still has to close the judge.
         previous = signal.signal(signal.SIGTERM, lambda *_: None)
         address = f"[{host}]" if ":" in host else host
-        print(f"judging at http://{address}:{listener.getsockname()[1]} (level {judge.level}, {workers} workers)", flush=True)
+        print(
+            f"judging at http://{address}:{listener.getsockname()[1]} (level {judge.level}, {workers} workers)",
+            flush=True,
+        )
         try:
             uvicorn.Server(settings).run(sockets=[listener])
         finally:

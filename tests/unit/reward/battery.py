@@ -1,6 +1,8 @@
 """Runs every attack through judges and writes down what came of it; one process per user, so that both are tried.
 
-    python -m tests.unit.reward.battery OUT.json
+    python -m tests.unit.reward.battery OUT.json [auto|own|bubblewrap|none [GROUPS]]
+
+The second argument is `judge.namespaces`, the third limits the attacks to some groups, such as 67.
 
 After every attack the same worker gets the right program. Orphans of the judge become children of this process, so a
 process that was left behind is seen.
@@ -14,7 +16,7 @@ import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from ra3_megatron.config.judge import JudgeConfig
 from ra3_megatron.reward.judge import Judge
@@ -33,9 +35,9 @@ DEADLINE_S = 1200.0
 SANDBOX_UID, NOBODY = JudgeConfig().uid, 65534
 
 
-def all_cases() -> list[Case]:
-    """Every case; what one job leaves is looked for directly after it."""
-    cases = expand(ATTACKS)
+def all_cases(groups: str = "123456789") -> list[Case]:
+    """Every case of some groups; what one job leaves is looked for directly after it."""
+    cases = [case for case in expand(ATTACKS) if str(case.attack.group) in groups]
     traces = [case for case in cases if case.attack in TRACES_LEFT]
     return [c for c in cases if c.attack not in TRACES_LEFT] + sorted(
         traces, key=lambda c: (c.kind, c.attack is not LEAVE)
@@ -120,17 +122,17 @@ def one_judge(config: JudgeConfig, cases: list[Case], names: dict[str, str]) -> 
         return {"results": results, "zombies": zombies}, judge.level
 
 
-def run(workers: int = 2) -> dict[str, Any]:
-    """The whole battery, over judges of one worker each."""
+def run(namespaces: Literal["auto", "bubblewrap", "own", "none"], groups: str, workers: int = 2) -> dict[str, Any]:
+    """The battery, over judges of one worker each."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    cases = all_cases()
+    cases = all_cases(groups)
     traces = [case for case in cases if case.attack in TRACES_LEFT]
     shares = [[c for c in cases if c not in traces][n::workers] for n in range(workers)]
     shares[0] += traces
     before_places, before_descriptors = places(), open_descriptors()
     began = time.monotonic()
     with Canaries() as canaries:
-        config = JudgeConfig(workers=1, max_pending=4096)
+        config = JudgeConfig(workers=1, max_pending=4096, namespaces=namespaces)
         refuse_without_isolation(config, canaries.names)
         with ThreadPoolExecutor(workers) as threads:
             done = list(threads.map(lambda share: one_judge(config, share, canaries.names), shares))
@@ -139,7 +141,6 @@ def run(workers: int = 2) -> dict[str, Any]:
         touched = canaries.touched()
         left = [p for p in descendants() if p[0] != canaries.victim.pid]
         seconds = time.monotonic() - began
-    times = os.times()
     return {
         "uid": os.getuid(),
         "level": done[0][1],
@@ -150,10 +151,10 @@ def run(workers: int = 2) -> dict[str, Any]:
         "places": sorted(places() - before_places),
         "descriptors": [before_descriptors, open_descriptors()],
         "wall_s": seconds,
-        "cpu_s": sum(times[:4]),
     }
 
 
 if __name__ == "__main__":
-    outcome = run()
-    Path(sys.argv[1]).write_text(json.dumps(outcome, indent=1), encoding="utf-8")
+    out, way, only = [*sys.argv[1:], *["auto", "123456789"][len(sys.argv) - 2 :]]
+    outcome = run(cast(Literal["auto", "bubblewrap", "own", "none"], way), only)
+    Path(out).write_text(json.dumps(outcome, indent=1), encoding="utf-8")

@@ -93,7 +93,7 @@ while True:
 import mmap
 x = []
 while True: x.append(mmap.mmap(-1, 64 << 20))
-#: small_objects ends=memory,exception,cpu_limit cpu=2.0 memory=256
+#: small_objects ends=memory,exception,cpu_limit,crashed cpu=2.0 memory=256
 x = []
 while True: x.append([x, object()])
 #: memfd ends=memory,exception,cpu_limit,crashed cpu=2.0 memory=256

@@ -18,8 +18,9 @@ from .channel import Channel
 from .wire import dumps
 
 PRELOADED = tuple(
-    "abc bisect cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions "  # noqa: SIM905
-    "functools heapq io itertools json math numbers operator os re string struct sys time traceback types typing".split()
+    "abc bisect cmath collections collections.abc contextlib copy dataclasses datetime decimal enum "  # noqa: SIM905
+    "fractions functools heapq io itertools json math numbers operator os re string struct sys time traceback "
+    "types typing".split()
 )
 """Imported once here, so that no program pays for them. Not threading and random: they have work done after every
 fork, which costs more than all the rest of it."""

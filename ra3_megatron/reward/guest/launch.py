@@ -4,6 +4,8 @@ CONFIG is JSON: `fd` (socket to the pool), `namespaces` (`own`, `bubblewrap`, `n
 same), `folder` (for work folders), `site` (folder with numpy, or null).
 """
 
+import _sitebuiltins
+import builtins
 import importlib
 import json
 import os
@@ -154,6 +156,10 @@ def _work_folder(folder: str, name: str, owner: int | None) -> str:
 def _preload(site: str | None) -> None:
     for name in PRELOADED:
         importlib.import_module(name)
+    # What the site module, which is left out, adds to builtins.
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    builtins.help = _sitebuiltins._Helper()  # type: ignore[assignment]
     if site is not None:
         sys.path.append(site)
         importlib.import_module("numpy")

@@ -56,7 +56,8 @@ class Session:
         kind, *rest = self._receive(0)
         if kind == "raise":
             name, text = self._texts(rest)
-            self._fail("memory" if name == "MemoryError" else "exception", text)
+            kinds = {"MemoryError": "memory", "SystemExit": "crashed", "KeyboardInterrupt": "crashed"}
+            self._fail(kinds.get(name, "exception"), text)
         if kind != "ok":
             self._fail("crashed", "broke the protocol while loading")
 

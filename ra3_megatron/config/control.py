@@ -35,6 +35,8 @@ OUTCOME_FILE = "outcome.json"
 """In the attempt's folder: why the processes ended, where they could say it."""
 STRAGGLERS_FILE = "stragglers.json"
 """In the attempt's folder: nodes that were slower than the others, and by how much."""
+RANKS_FOLDER = "ranks"
+"""In the attempt's folder: a file per rank with its host and process number, for whoever wants to see its stack."""
 PARTS_FOLDER = "parts"
 """In a generation stage's folder: which jobs of its array have made all their shards."""
 
@@ -71,13 +73,23 @@ def attempt_dir() -> Path | None:
     return Path(value) if value else None
 
 
-def write_outcome(code: int, reason: str) -> None:
-    """Leave word why this process ends; nothing outside of a job, or when the folder cannot be written."""
+def exit_code(code: int) -> int:
+    """What the process leaves with: under a launcher that starts failed processes again, words instead of a code."""
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ and attempt_dir() is not None
+    return EXIT_DONE if elastic and code != EXIT_CRASH else code
+
+
+def write_outcome(code: int, reason: str, first: bool = False) -> None:
+    """Leave word why this process ends; nothing outside of a job, or when the folder cannot be written.
+
+    `first`: say nothing when another has spoken.
+    """
     folder = attempt_dir()
-    if folder is None:
+    if folder is None or (first and (folder / OUTCOME_FILE).exists()):
         return
+    text = " ".join(reason.split())[:500]
     try:
-        atomic_write_text(folder / OUTCOME_FILE, json.dumps({"code": code, "reason": reason}))
+        atomic_write_text(folder / OUTCOME_FILE, json.dumps({"code": code, "reason": text}))
     except OSError:
         return  # a full disk may be the very reason; the exit code still tells
 

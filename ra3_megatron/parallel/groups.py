@@ -284,7 +284,6 @@ def initialize(config: ParallelConfig | None = None, launch: Launch | None = Non
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
         context_parallel_size=sizes.context,
         distributed_timeout_minutes=config.timeout_s / 60,
-        local_world_size=launch.local_world,
     )
     whereabouts = Whereabouts(dist.PrefixStore("where", store), launch.rank)
     if launch.world == 1:

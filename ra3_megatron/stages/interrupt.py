@@ -12,9 +12,11 @@ all-reduce every `AGREE_S` seconds or so, not at every step. The same call write
 and measures now and then how fast every process computes (`ra3_megatron.stages.stragglers`).
 """
 
+import faulthandler
 import json
 import os
 import signal
+import socket
 import statistics
 import threading
 import time
@@ -30,6 +32,7 @@ from ra3_megatron.config.control import (
     EXIT_STOPPED,
     HEARTBEAT_FILE,
     MUST_SAVE_BY,
+    RANKS_FOLDER,
     REQUEST_FILE,
     SETUP_LIMIT,
     STEP_LIMIT,
@@ -70,6 +73,15 @@ def listen() -> None:
     """Take SIGUSR1 as a wish to save and end; without it the signal would kill the process in the middle of a save."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, _remember)
+    # The job asks a process that hangs for its stacks; this handler answers even out of native code.
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+
+
+def sign_in(rank: int) -> None:
+    """Leave this process's number in the attempt's folder."""
+    folder = attempt_dir()
+    if folder is not None:
+        atomic_write_text(folder / RANKS_FOLDER / str(rank), f"{socket.gethostname()} {os.getpid()}")
 
 
 class Interrupt:

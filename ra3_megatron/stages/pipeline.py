@@ -16,13 +16,13 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.sections import ParallelConfig
 from ra3_megatron.config.validate import resolve_layout
 from ra3_megatron.data.prepare import PreparedCorpus, open_prepared
-from ra3_megatron.data.tokenizers import load_folder
 from ra3_megatron.model.factory import choose_layers
 from ra3_megatron.parallel.groups import initialize
 from ra3_megatron.parallel.launch import launch_from_env
 from ra3_megatron.report.run_report import build_report
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.dry_run import declared_architecture
+from ra3_megatron.stages.evaluate import EvaluateInputs, run_evaluate
 from ra3_megatron.stages.generate import GenerateInputs, Part, open_bootstrapped, run_generate
 from ra3_megatron.stages.graph import ONE_PROCESS, Node, find, graph
 from ra3_megatron.stages.inputs import export_model, import_model, prepare_base, prepare_corpus
@@ -138,6 +138,11 @@ def status(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
+def _model_name(node: Node) -> str:
+    """What a trained model is called in the evaluation: its arm, and whether RLVR came after."""
+    return node.name if node.kind == "rlvr" else node.arm
+
+
 class _Job:
     """Runs stages of the graph and knows where the outcome of each lies."""
 
@@ -245,7 +250,7 @@ class _Job:
         self.context.run_once(stage, "tasks", lambda s: prepare_tasks(self.context, s, self._reader()))
 
     def _reader(self) -> TaskReader:
-        return TaskReader(self.config, load_folder(self._hf_folder), self._hf_folder)
+        return TaskReader(self.config, self._hf_folder.parent)
 
     def _rlvr(self, node: Node, stage: StageFolder) -> None:
         tasks = open_tasks(self._reader(), self.folders["tasks"].path)
@@ -259,6 +264,15 @@ class _Job:
     def _measure(self, node: Node, stage: StageFolder) -> None:
         arms = {arm: self._outcome(arm) for arm in self.config.run.arms}
         run_measure(self.context, stage, MeasureInputs(self._corpus(), arms, self._start()))
+
+    def _evaluate(self, node: Node, stage: StageFolder) -> None:
+        start = self._start()
+        models = {} if start is None else {"base": start}
+        for name in node.needs:
+            need = self.nodes[name]
+            if need.kind in ("sft", "ntp", "rlvr"):
+                models[_model_name(need)] = self._checkpoint(name)
+        run_evaluate(self.context, stage, EvaluateInputs(models))
 
     def _outcome(self, arm: str) -> ArmOutcome:
         """Final weights of an arm and what they cost: all its stages together."""

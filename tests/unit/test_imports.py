@@ -23,6 +23,7 @@ LAYERS = (
     ("reward",),
     ("evaluation",),
     ("stages",),
+    ("launch",),
     ("cli", "__main__"),
 )
 """From the bottom up: a package imports what is below it and itself, nothing else of the project."""

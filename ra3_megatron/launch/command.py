@@ -1,0 +1,139 @@
+"""`ra3 launch`: from a configuration, or a run's folder, to jobs in the queue."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.run import RunConfig, load_config
+from ra3_megatron.config.validate import resolve_layout
+from ra3_megatron.launch.estimate import Speed, corpus_tokens, job_hours, measured_speed, planned_flops
+from ra3_megatron.launch.folder import LaunchFolder
+from ra3_megatron.launch.settings import Settings, load_settings
+from ra3_megatron.launch.status import clear, status
+from ra3_megatron.launch.submit import Submitted, inherited, submit
+
+
+def open_target(
+    target: Path, overrides: list[str], settings: Settings | None
+) -> tuple[RunConfig, LaunchFolder, Settings]:
+    """A configuration with `settings`, or a run's folder with those it was launched with, unless given anew.
+
+    Raises UserError for a folder that was never launched, and for overrides on one.
+    """
+    if target.is_dir():
+        folder = LaunchFolder(target.absolute())
+        if overrides:
+            raise UserError(
+                f"{target} is a run's folder, whose configuration is fixed; leave out {' '.join(overrides)}"
+            )
+        if not folder.config.exists():
+            raise UserError(f"{target} holds no launch; start with the configuration: ra3 launch CONFIG --nodes N")
+        return load_config(folder.config), folder, settings or load_settings(folder.settings)
+    config = load_config(target, overrides)
+    folder = LaunchFolder(Path(config.run.dir).absolute())
+    folder.refuse_other(config)
+    # Jobs start elsewhere: they get the folder's whole path.
+    config = replace(config, run=replace(config.run, dir=str(folder.run)))
+    return config, folder, settings or Settings()
+
+
+def launch(
+    target: Path, overrides: list[str], settings: Settings | None, dry_run: bool = False, measured: Path | None = None
+) -> str:
+    """Submit what is not DONE and not queued, or with `dry_run` say how; returns what to print.
+
+    `measured` is a run whose finished stages give the speed for the estimate; none = this run's own.
+    """
+    config, folder, settings = open_target(target, overrides, settings)
+    architecture = _architecture(config)
+    layouts = check_layouts(config, settings, architecture)
+    speed = _speed(folder, measured)
+    if dry_run:
+        made = submit(config, folder, settings, dry_run=True)
+        return "\n".join([*layouts, *_told(config, architecture, folder, made, speed, commands=True)])
+    os.environ.update(inherited())
+    with folder.locked():
+        folder.write(config)
+        settings.save(folder.settings)
+        made = submit(config, folder, settings, dry_run=False)
+    lines = _told(config, architecture, folder, made, speed, commands=False)
+    return "\n".join([*lines, f"watch it: {folder.code / 'slurm' / 'status.sh'} {folder.run}"])
+
+
+def show_status(target: Path, overrides: list[str]) -> str:
+    """Where the run stands."""
+    return status(*open_target(target, overrides, None))
+
+
+def resume(target: Path, overrides: list[str], settings: Settings | None) -> str:
+    """Clear what keeps the run from going on, say why it stood still, and launch it again."""
+    config, folder, old = open_target(target, overrides, settings)
+    return "\n".join([*clear(config, folder, old), launch(target, overrides, settings)])
+
+
+def _architecture(config: RunConfig) -> Architecture | None:
+    """Shape of the model where it can be read without torch."""
+    if config.model.architecture is not None:
+        return config.model.architecture
+    source = Path(config.model.source or "")
+    return Architecture.from_folder(source) if config.model.source and source.is_dir() else None
+
+
+def check_layouts(config: RunConfig, settings: Settings, architecture: Architecture | None) -> list[str]:
+    """How the processes of a job divide, for jobs of all nodes and for those of an array. Raises UserError if not."""
+    if architecture is None:
+        return ["layout: not checked, the shape of the model is only known where its file is"]
+    lines = []
+    for what, nodes in (("a job", settings.nodes), ("an element of the array", settings.array_nodes)):
+        layout = resolve_layout(config, nodes * settings.processes, architecture)
+        lines.append(
+            f"{what}: {nodes} nodes x {settings.processes} = {layout.world} processes = tensor {layout.tensor} x "
+            f"pipeline {layout.pipeline} x context {layout.context} x data {layout.data}; "
+            f"{layout.micro_batches} micro-batches, {layout.tokens_per_step:,} tokens a step"
+        )
+    return lines
+
+
+def _speed(folder: LaunchFolder, measured: Path | None) -> Speed | None:
+    if measured is not None:
+        return measured_speed(measured)
+    try:
+        return measured_speed(folder.run)
+    except UserError:
+        return None
+
+
+def _told(
+    config: RunConfig,
+    architecture: Architecture | None,
+    folder: LaunchFolder,
+    made: list[Submitted],
+    speed: Speed | None,
+    commands: bool,
+) -> list[str]:
+    lines, total_hours, total_gpu, unknown = [], 0.0, 0.0, []
+    for job in made:
+        spec = job.spec
+        size = f"{spec.array} x " if spec.array else ""
+        size += f"{spec.nodes}{f' + {spec.spares}' if spec.spares else ''} nodes x {spec.processes}"
+        after = f", after {', '.join(spec.after)}" if spec.after else ""
+        text = f"{spec.name}: {job.state} {' '.join(job.ids)}".rstrip() + f" ({spec.script}, {size} processes{after})"
+        if job.state != "done" and speed is not None and architecture is not None:
+            amount = planned_flops(config, architecture, spec.stage, corpus_tokens(folder.run))
+            hours = job_hours(spec, amount, speed)
+            if hours is None:
+                unknown.append(spec.name)
+            else:
+                gpus = spec.nodes * max(spec.gpus, 1) * max(1, spec.array)
+                total_hours, total_gpu = total_hours + hours, total_gpu + hours * gpus
+                text += f", about {hours:.3g} h, {hours * gpus:.3g} GPU-hours"
+        lines.append(text)
+        lines += [f"  {c}" for c in job.commands] if commands else []
+    if speed is None:
+        lines.append("time: no stage has been measured; give --measured RUN, a run with finished stages")
+    else:
+        lines.append(f"time: about {total_hours:.3g} h and {total_gpu:.3g} GPU-hours one after the other, by the speed of "
+                     f"{speed.source}; without {', '.join(unknown) or 'exception'}")  # fmt: skip
+    return lines

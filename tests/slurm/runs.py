@@ -1,0 +1,198 @@
+"""Small runs on the virtual cluster: made, started, watched, compared with the same run on this machine."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ra3_megatron.launch.attempts import RECORD, Record
+from tests.e2e import small
+from tests.slurm.cluster import ROOT, Cluster
+
+RANK_PYTHON = ROOT / "tests" / "slurm" / "rank_python"
+STAGE = "01-ntp"
+STEPS = 24
+
+
+def settings(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+    """Next-token prediction that saves every fourth step."""
+    sections: dict[str, dict[str, Any]] = {
+        "train": {"steps": STEPS, "eval_interval": 0, "eval_windows": 8},
+        "checkpoint": {"interval": 4},
+        "report": {"interval": 20},
+        "export": {"enabled": False},
+        "parallel": {"timeout_s": 40.0},
+    }
+    for section, values in changes.items():
+        sections.setdefault(section, {}).update(values)
+    return small.config(folder, **sections)
+
+
+@dataclass
+class Run:
+    """One run's folder and how its jobs are started."""
+
+    cluster: Cluster
+    folder: Path
+    """With config.yaml and run/."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Variables of whoever submits."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    def stage(self, name: str = STAGE) -> Path:
+        return self.run / name
+
+    def ra3(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """`ra3 ARGUMENTS` on the login node."""
+        return self.cluster.run([sys.executable, "-m", "ra3_megatron", *arguments], env=self.env, **options)
+
+    def launch(self, *options: str, target: Path | None = None) -> dict[str, str]:
+        """`ra3 launch` on two nodes, unless `options` say otherwise; returns the number of every job submitted."""
+        shape = [] if options and options[0] == "--same" else ["--nodes", "2", "--processes-per-node", "1",
+                                                               "--grace-s", "60", "--time", "10"]  # fmt: skip
+        more = [option for option in options if option != "--same"]
+        done = self.ra3("launch", str(target or self.config), *shape, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return dict(re.findall(r"^(\S+): submitted (\S+)", done.stdout, re.MULTILINE))
+
+    def step(self, stage: str = STAGE) -> int:
+        """Step of the newest metrics record."""
+        path = self.stage(stage) / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        return json.loads(whole[-1])["step"] if whole else 0
+
+    def wait_for_step(self, step: int, seconds: float = 90) -> None:
+        """Until `step` steps are done."""
+        self.cluster.wait(lambda: self.step() >= step, seconds, f"step {step}; {self.logs()}")
+
+    def done(self, stage: str = STAGE) -> bool:
+        return (self.stage(stage) / "DONE").is_file()
+
+    def result(self, stage: str = STAGE) -> dict[str, Any]:
+        """What the stage left, the clock's share taken off."""
+        result = json.loads((self.stage(stage) / "DONE").read_text())
+        return {k: v for k, v in result.items() if k not in ("seconds", "tokens_per_second")}
+
+    def events(self, job: str = STAGE) -> list[str]:
+        """Names of the events in the job's record."""
+        return [e["event"] for e in Record(self.run / "jobs" / job).events()]
+
+    def has_record(self, job: str = STAGE) -> bool:
+        return (self.run / "jobs" / job / RECORD).exists()
+
+    def logs(self) -> str:
+        """The ends of all logs, for a test that failed."""
+        paths = [*self.run.glob("jobs/**/slurm-*.log"), *self.run.glob("jobs/**/node*.log")]
+        return "\n".join(f"== {p.relative_to(self.run)}\n{p.read_text(errors='replace')[-1500:]}" for p in paths)
+
+    def wait_for_end(self, job: str, states: str = "COMPLETED", seconds: float = 150) -> None:
+        """Until the job has ended in a state; shows the logs when it is another."""
+        try:
+            self.cluster.wait_for_state(job, states, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.logs()}") from None
+
+    def rank_process(self, rank: int, attempt: str = "latest", job: str = STAGE) -> tuple[str, int]:
+        """Node of a rank, and its process number as the machine sees it."""
+        path = self.run / "jobs" / job / attempt / "ranks" / str(rank)
+        self.cluster.wait(path.exists, 60, f"rank {rank} signs in; {self.logs()}")
+        node, number = path.read_text().split()
+        space = os.readlink(f"/proc/{(self.cluster.folder / 'run' / f'{node}.init').read_text().strip()}/ns/pid")
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(folder / "ns" / "pid") != space:
+                    continue
+                numbers = re.search(r"^NSpid:\t(.*)$", (folder / "status").read_text(), re.MULTILINE)
+            except OSError:
+                continue
+            if numbers and numbers[1].split()[-1] == number:
+                return node, int(folder.name)
+        raise AssertionError(f"no process {number} on {node}")
+
+
+class Runs:
+    """Makes runs whose corpus is prepared, and knows what they must end with."""
+
+    def __init__(self, cluster: Cluster, zygote: Path, folder: Path) -> None:
+        self.cluster, self._zygote, self._folder = cluster, zygote, folder
+        self._made = 0
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Ranks come out of the zygote; the network of a node is what gloo finds by its name."""
+        return {"RA3_PYTHON": str(RANK_PYTHON), "RA3_TEST_ZYGOTE": str(self._zygote), "RA3_HANG_POLL_S": "0.2",
+                "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+
+    def fresh(self, folder: Path, **changes: dict[str, Any]) -> Run:
+        """A run of which nothing is done yet."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder, **changes)))
+        return Run(self.cluster, folder, dict(self.env))
+
+    def prepared(self, folder: Path, **changes: dict[str, Any]) -> Run:
+        """A run whose corpus is there."""
+        source = self._prepared
+        run = self.fresh(folder, **changes)
+        config = yaml.safe_load(run.config.read_text())
+        config["data"]["corpus"]["path"] = str(source.folder / "code")
+        run.config.write_text(yaml.safe_dump(config))
+        shutil.copytree(source.run / "00-prepare", run.run / "00-prepare", symlinks=True)
+        return run
+
+    @cached_property
+    def _prepared(self) -> Run:
+        run = self.fresh(self._folder / "prepare")
+        self.local(run, ["midtrain", str(run.config), "--stage", "prepare"], world=1)
+        return run
+
+    @cached_property
+    def reference(self) -> dict[str, Any]:
+        """What `STAGE` ends with when two processes of this machine do it without a break."""
+        run = self.prepared(self._folder / "reference")
+        self.local(run, ["midtrain", str(run.config), "--stage", "ntp"], world=2)
+        return run.result()
+
+    def local(self, run: Run, arguments: list[str], world: int) -> None:
+        """`ra3 ARGUMENTS` as `world` processes of this machine, outside of the cluster."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env = {k: v for k, v in self.cluster.env.items() if not k.startswith("VC_")} | self.env
+        started = []
+        for rank in range(world):
+            place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                     "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                     "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+            with open(run.folder / f"local{rank}.log", "wb") as log:
+                started.append(
+                    subprocess.Popen(
+                        [str(RANK_PYTHON), "-m", "ra3_megatron", *arguments],
+                        env={**env, **place},
+                        cwd=ROOT,
+                        stdout=log,
+                        stderr=log,
+                        stdin=subprocess.DEVNULL,
+                    )
+                )
+        end = time.monotonic() + 300
+        for rank, process in enumerate(started):
+            code = process.wait(max(1.0, end - time.monotonic()))
+            assert code == 0, (run.folder / f"local{rank}.log").read_text()[-3000:]

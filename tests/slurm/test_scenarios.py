@@ -1,0 +1,223 @@
+"""What happens to a stage in the middle of its steps, on a real Slurm: it ends with the weights of an unbroken run."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from ra3_megatron.config.control import STOP_FILE
+from tests.slurm.runs import STAGE, Run, Runs
+
+EARLY = 5
+"""Steps after which things happen: past the first checkpoint, far from the end."""
+
+
+@pytest.fixture
+def run(runs: Runs, tmp_path) -> Run:
+    return runs.prepared(tmp_path)
+
+
+def test_undisturbed(run, runs):
+    """Two nodes with a process each took a process for the whole node's share, and no group could be made."""
+    jobs = run.launch()
+    assert list(jobs) == [STAGE], "what is done is not submitted"
+    run.wait_for_end(jobs[STAGE])
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "done"]
+
+
+def test_signal_saves_requeues_and_resumes(run, runs):
+    """A job at its time limit lost what it had done since the last checkpoint, or ended as if it were done."""
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    run.cluster.output(["scancel", "--batch", "--signal=USR1", jobs[STAGE]])
+    run.wait_for_end(jobs[STAGE])
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "saved", "started", "done"]
+    assert run.cluster.facts(jobs[STAGE])["Restarts"] == "1"
+    attempts = sorted(p.name for p in (run.run / "jobs" / STAGE).iterdir() if p.is_dir() and not p.is_symlink())
+    assert attempts == [f"{jobs[STAGE]}-0", f"{jobs[STAGE]}-1"]
+    assert (run.run / "jobs" / STAGE / "latest").resolve().name == attempts[-1]
+
+
+def test_a_dead_rank_tears_the_others_down_and_the_job_goes_on(run, runs):
+    """One process died, the others waited for it until the time limit, on all nodes (prime-rl#2574)."""
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    os.kill(run.rank_process(1)[1], signal.SIGKILL)
+    run.cluster.wait(lambda: "crash" in run.events(), 40, "the job notices")
+    run.wait_for_end(jobs[STAGE])
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "crash", "started", "done"]
+
+
+def test_cancelled_is_never_requeued(run):
+    """scancel sends SIGTERM, as a requeue does; the job that took it for one came back for ever."""
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    run.cluster.output(["scancel", jobs[STAGE]])
+    run.wait_for_end(jobs[STAGE], "CANCELLED", 60)
+    time.sleep(3)
+    assert run.cluster.facts(jobs[STAGE])["Restarts"] == "0"
+    assert not run.done()
+
+
+def test_stop_file_and_resume(run, runs):
+    """The stop file ended the processes and the job started them again."""
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    (run.run / STOP_FILE).touch()
+    run.wait_for_end(jobs[STAGE], "FAILED", 60)
+    assert run.cluster.facts(jobs[STAGE])["ExitCode"] == "86:0"
+    refused = run.ra3("launch", str(run.run))
+    assert refused.returncode == 2
+    assert "resume.sh" in refused.stderr
+    done = run.cluster.run(["slurm/resume.sh", str(run.run)], env=run.env)
+    assert done.returncode == 0, done.stderr
+    assert "stopped: the stop file" in done.stdout
+    (again,) = [w for line in done.stdout.splitlines() if ": submitted " in line for w in [line.split()[2]]]
+    run.wait_for_end(again)
+    assert run.result() == runs.reference
+
+
+def test_no_progress_ends_the_chain(run):
+    """A job that dies at once was requeued until somebody looked (Megatron-Bridge PR#4765)."""
+    run.env |= {"RA3_PYTHON": "/bin/false"}
+    config = run.config.read_text().replace("enabled: false", "enabled: true")
+    run.config.write_text(config)
+    jobs = run.launch()
+    assert list(jobs) == [STAGE, "02-export"]
+    run.wait_for_end(jobs[STAGE], "FAILED")
+    assert run.cluster.facts(jobs[STAGE])["ExitCode"] == "93:0"
+    assert run.events() == ["started", "crash"] * 3
+    run.wait_for_end(jobs["02-export"], "CANCELLED")
+    told = run.cluster.output(["slurm/status.sh", str(run.run)], env=run.env)
+    assert "crash: exit code 1" in told
+
+
+def test_user_error_is_not_tried_again(run):
+    """A configuration that can never work was started three times on hundreds of GPUs."""
+    run.launch("--dry-run")
+    config = run.config.read_text().replace("vocab_size: 517", "vocab_size: 300")
+    run.config.write_text(config)
+    jobs = run.launch()
+    run.wait_for_end(jobs[STAGE], "FAILED")
+    assert run.cluster.facts(jobs[STAGE])["ExitCode"] == "2:0"
+    assert run.events() == ["started", "user_error"]
+
+
+def test_hang_is_found_and_dumped(run, runs):
+    """A process stuck on one node kept all of them until the time limit, and nobody knew where it stood."""
+    run.env |= {"RA3_HANG_STEP_S": "6", "RA3_STRAGGLER_S": "0"}
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    _, process = run.rank_process(0)
+    attempt = (run.run / "jobs" / STAGE / "latest").resolve()
+    os.kill(process, signal.SIGSTOP)
+    run.wait_for_end(jobs[STAGE])
+    assert run.events() == ["started", "hang", "started", "done"]
+    assert run.result() == runs.reference
+    # The process that was stopped cannot say anything; the one that waited for it does.
+    assert "rank 1" in (attempt / "dump.log").read_text()
+    assert "all_reduce" in (attempt / "stacks-1.txt").read_text() + (attempt / "node1.log").read_text()
+
+
+def test_bad_node_gives_way_to_a_spare(run, runs):
+    """A node with a broken GPU killed the start, again and again on the same nodes."""
+    run.cluster.break_gpu("node001")
+    try:
+        jobs = run.launch("--spares", "1", "--sbatch", "--nodelist=node[001-003]")
+        run.wait_for_end(jobs[STAGE])
+    finally:
+        run.cluster.repair_gpu("node001")
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "done"]
+    listed = (run.run / "bad_nodes.txt").read_text()
+    assert listed.startswith("node001 ")
+    assert "7 of 8 GPUs" in listed
+    assert "GPU 2 has 3 uncorrected memory errors" in listed
+
+
+def test_bad_node_without_a_spare_is_excluded(run, runs):
+    """A job that cannot start on its nodes has to start on others."""
+    run.cluster.break_gpu("node002")
+    try:
+        jobs = run.launch()
+        run.wait_for_end(jobs[STAGE])
+    finally:
+        run.cluster.repair_gpu("node002")
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "bad_nodes", "started", "done"]
+    assert "node002" in run.cluster.facts(jobs[STAGE])["ExcNodeList"]
+
+
+def test_slurmd_killed(run, runs):
+    """A daemon that is restarted must not cost anything."""
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    node, _ = run.rank_process(1)
+    run.cluster.script("kill-slurmd", node)
+    try:
+        run.cluster.script(
+            "exec-on", node, "bash", "-c", "(exec setsid slurmd -N $(hostname) < /dev/null > /dev/null 2>&1) &"
+        )
+        run.wait_for_end(jobs[STAGE])
+    finally:
+        run.cluster.cancel_all()
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "done"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0], ids=["another node", "the head node"])
+def test_power_cut(rank, run, runs):
+    """A node died and the run with it; or the job came back and began anew."""
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    node, _ = run.rank_process(rank)
+    run.cluster.script("poweroff", node)
+    try:
+        run.wait_for_end(jobs[STAGE], seconds=200)
+    finally:
+        run.cluster.script("poweron", node)
+        run.cluster.wait(lambda: "down" not in run.cluster.output(["sinfo", "-h", "-o", "%t"]), 60, "node is back")
+    assert run.result() == runs.reference
+    assert run.events().count("started") == 2
+
+
+@pytest.mark.slow
+def test_real_time_limit(runs, tmp_path):
+    """The signal of a real limit, which Slurm may send a minute early."""
+    run = runs.prepared(tmp_path, train={"steps": 4000, "eval_interval": 0}, checkpoint={"interval": 100000})
+    jobs = run.launch("--time", "2", "--grace-s", "70")
+    run.cluster.wait(lambda: "saved" in run.events(), 200, f"the signal comes; {run.logs()}")
+    run.cluster.wait(lambda: run.events().count("started") == 2, 60, "goes on")
+    assert run.events()[:3] == ["started", "saved", "started"]
+    saved = [p.parent.name for p in run.stage().glob("checkpoints/step_*/DONE")]
+    assert len(saved) == 1, "the one asked for"
+    run.cluster.wait(lambda: run.step() > int(saved[0].removeprefix("step_")), 60, "further steps")
+    assert run.cluster.state(jobs[STAGE]) in ("RUNNING", "PENDING")
+
+
+def test_preempted(run, runs):
+    """A preempted job that ends by itself in the time it is given counted as failed."""
+    jobs = run.launch()
+    run.wait_for_step(EARLY)
+    urgent = run.cluster.output(["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--gpus-per-node=8",
+                                 "--output=/dev/null", "--wrap", "sleep 5"]).strip()  # fmt: skip
+    run.cluster.wait_for_state(urgent, "COMPLETED", 90)
+    run.wait_for_end(jobs[STAGE])
+    assert run.result() == runs.reference
+    assert run.events()[-1] == "done"
+    assert run.cluster.facts(jobs[STAGE])["Restarts"] == "1"
+
+
+def test_two_runs_on_the_same_nodes(runs, tmp_path):
+    """Two jobs on a node chose the same port."""
+    both = [runs.prepared(tmp_path / name) for name in "ab"]
+    jobs = [run.launch("--gpus-per-node", "2", "--sbatch", "--nodelist=node[001-002]")[STAGE] for run in both]
+    for run, job in zip(both, jobs, strict=True):
+        run.wait_for_end(job)
+        assert run.result() == runs.reference
+        assert run.cluster.facts(job)["NodeList"] == "node[001-002]"

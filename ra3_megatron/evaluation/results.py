@@ -23,8 +23,8 @@ from ra3_megatron.evaluation.statistics import (
 METHOD = (
     "pass@k: unbiased estimate per problem (Chen et al. 2021), mean over problems. 95 % intervals are over problems, "
     "as drawn from all that could be asked: Wilson's for single answers, else a studentised bootstrap. The sampling "
-    "error is over other answers of the same model to the same problems. Differences are paired by problem; p-values by "
-    "flipping signs (exact McNemar for single answers), two-sided, not corrected for the number of comparisons."
+    "error is over other answers of the same model to the same problems. Differences are paired by problem; p-values "
+    "by flipping signs (exact McNemar for single answers), two-sided, not corrected for the number of comparisons."
 )
 CONTAMINATION = (
     "The training data of public models, SmolLM2's and Qwen's among them, may hold these problems with their "

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import warnings
 from collections.abc import Sequence
 
 _BUILTIN = frozenset(dir(builtins))
@@ -10,7 +11,10 @@ _BUILTIN = frozenset(dir(builtins))
 def parsed(source: str) -> ast.Module | None:
     """The syntax tree; None when the text is no Python."""
     try:
-        return ast.parse(source)
+        with warnings.catch_warnings():
+            # Data sets are full of `"\d"`; a warning for each would hide what matters.
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

@@ -28,6 +28,8 @@ class RlvrConfig:
     AReaL-boba-2, LiveCodeBench."""
     max_tasks: int | None = None
     """Tasks read at most, in the file's order; none = all."""
+    longest_reference: int | None = None
+    """Characters of a task's own reference at most: easy tasks have short ones. none = any, also without one."""
     validation_tasks: int = 32
     """Tasks held out and measured before, during and after; the same for every seed. 0 = none."""
     validation_samples: int = 1
@@ -105,7 +107,7 @@ class RlvrConfig:
 
     def __post_init__(self) -> None:
         least = {
-            "steps": 0, "max_tasks": 1, "validation_tasks": 0, "validation_samples": 1, "eval_interval": 0,
+            "steps": 0, "max_tasks": 1, "longest_reference": 1, "validation_tasks": 0, "validation_samples": 1, "eval_interval": 0,
             "prompts_per_step": 1, "group_size": 2, "max_tokens": 1, "clip_low": 0, "clip_high": 0, "dual_clip": 1,
             "max_importance_weight": 1, "overlong_buffer": 0, "max_refills": 0, "kl_coefficient": 0, "max_lag": 0,
             "minibatches": 1, "warmup_steps": 0, "weight_decay": 0, "checkpoint_interval": 1,

@@ -17,6 +17,7 @@ from ra3_megatron.report.charts import WIDE, Line, line_chart, smooth
 from ra3_megatron.report.environment import redact
 from ra3_megatron.report.figures import Row, finite_series, flatten_numbers, format_bytes, last, leaves, series
 from ra3_megatron.report.progress import format_duration, format_rate
+from ra3_megatron.report.rlvr_view import ShownGroup, is_rlvr, rlvr_charts, rlvr_figures, shown_groups
 from ra3_megatron.report.schema import METRICS
 from ra3_megatron.report.variational_view import variational_charts, variational_figures
 
@@ -50,6 +51,8 @@ class StageView:
     """Name, size, state."""
     outcome: list[Row]
     """What DONE says."""
+    groups: list[ShownGroup]
+    """Answers of RLVR, for people."""
 
 
 def stage_view(folder: Path, records: Sequence[dict[str, Any]], reward_unit: str) -> StageView:
@@ -58,19 +61,24 @@ def stage_view(folder: Path, records: Sequence[dict[str, Any]], reward_unit: str
     `reward_unit` is that of an E-step's reward.
     """
     result = _result(folder)
-    estep = "-variational-" in folder.name
-    figures = variational_figures(records, result) if estep else _figures(records)
+    figures, charts = _figures(records), _charts(records, folder.name)
+    if estep := "-variational-" in folder.name:
+        figures = variational_figures(records, result)
+        charts = variational_charts(records, folder.name, reward_unit)
+    if rlvr := is_rlvr(folder):
+        figures, charts = rlvr_figures(records, result), rlvr_charts(records, folder.name)
     return StageView(
         name=folder.name,
         finished=is_done(folder),
-        many=estep,
+        many=estep or rlvr,
         figures=figures + _common_figures(records),
-        charts=variational_charts(records, folder.name, reward_unit) if estep else _charts(records, folder.name),
+        charts=charts,
         validation=[(str(s), f"{y:.4f}") for s, y in series(records, "validation_loss")],
         counts=[(name, rows) for name, content in _count_files(folder / "data") if (rows := flatten_numbers(content))],
         checkpoints=_checkpoints(folder / "checkpoints"),
         # Counts of a corpus have a table of their own, from the file beside the corpus.
         outcome=list(leaves({k: v for k, v in redact(result).items() if k != "counts"})),
+        groups=shown_groups(folder) if rlvr else [],
     )
 
 

@@ -118,8 +118,7 @@ class RlvrPolicy:
             self._others["proximal_log_probs"] = self.engine.chunks
         if r.kl_coefficient:
             self._others["reference_log_probs"] = self._frozen()
-        stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self.sampling = CompletionSettings(r.max_tokens, r.temperature, stop=r.stop, stop_ids=stop_ids)
+        self.sampling = CompletionSettings(r.max_tokens, r.temperature, stop=r.stop, stop_ids=tasks.stop_ids)
 
     def _model(self) -> list:
         """The starting weights; where they are random, the same at every call."""

@@ -15,7 +15,7 @@ from ra3_megatron.config.files import atomic_write_text
 from ra3_megatron.config.judge import JudgeConfig
 from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.data.tokenizers import Tokenizer
+from ra3_megatron.evaluation.asking import Asker
 from ra3_megatron.evaluation.benchmarks.registry import Source, load_tasks
 from ra3_megatron.evaluation.benchmarks.task import Task, TaskSet, digest_of, submission
 from ra3_megatron.evaluation.prompts import Question, program_of, question
@@ -54,6 +54,8 @@ class RlvrTasks:
 
     train: tuple[TrainTask, ...]
     validation: tuple[TrainTask, ...]
+    stop_ids: tuple[int, ...]
+    """Ids that end an answer."""
     fingerprint: str
     """SHA-256 of the tasks in use, their prompts' ids included."""
 
@@ -64,13 +66,14 @@ class RlvrTasks:
 
 
 class TaskReader:
-    """From the configured file to tasks with prompts in tokens; `hf_folder` holds the tokenizer."""
+    """From the configured file to tasks with prompts in tokens; `model` is a folder with the tokenizer in `hf`."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, hf_folder: Path) -> None:
-        self._config, self._tokenizer, self._hf_folder = config, tokenizer, hf_folder
-        r = config.rlvr
-        self._form = EvaluationConfig(prompt=r.prompt, mbpp_prompt=r.mbpp_prompt, thoughts="allowed")
-        self._transformers: Any = None
+    def __init__(self, config: RunConfig, model: Path) -> None:
+        self._config, r = config, config.rlvr
+        self._form = EvaluationConfig(
+            prompt=r.prompt, mbpp_prompt=r.mbpp_prompt, start_token=r.start_token, thoughts="allowed"
+        )
+        self.asker = Asker(model, self._form)
 
     def read(self) -> TaskSet:
         """Tasks of the file. Raises UserError for a malformed one, with file, line and field."""
@@ -83,33 +86,7 @@ class TaskReader:
         asked = question(task, tasks, self._form)
         asked = replace(asked, text=self._config.rlvr.template.replace("{prompt}", asked.text))
         limits = Limits(cpu_s=judge.cpu_s, memory_mb=judge.memory_mb)
-        return TrainTask(task, asked, np.array(self._ids(asked), dtype=np.int32), limits)
-
-    def _ids(self, asked: Question) -> list[int]:
-        """In the chat template of the folder's tokenizer, or the text behind a start token."""
-        r, tokenizer = self._config.rlvr, self._tokenizer
-        if r.prompt == "chat":
-            loaded = self._loaded()
-            if not loaded.chat_template:
-                raise UserError(
-                    f"rlvr.prompt = chat; the tokenizer in {self._hf_folder} has no chat template; set "
-                    "rlvr.prompt=completion"
-                )
-            system = [{"role": "system", "content": asked.system}] if asked.system else []
-            messages = [*system, {"role": "user", "content": asked.text}]
-            return loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if r.start_token == "hf":
-            return [*self._loaded()("").input_ids, *tokenizer.encode(asked.text)]
-        none = tokenizer.bos_id is None and tokenizer.eos_id is None
-        start = None if none and r.start_token == "auto" else tokenizer.start_id(r.start_token)
-        return ([] if start is None else [start]) + tokenizer.encode(asked.text)
-
-    def _loaded(self) -> Any:
-        if self._transformers is None:
-            from transformers import AutoTokenizer
-
-            self._transformers = AutoTokenizer.from_pretrained(self._hf_folder)
-        return self._transformers
+        return TrainTask(task, asked, np.array(self.asker.ids(asked), dtype=np.int32), limits)
 
 
 def prepare_tasks(context: Context, stage: StageFolder, reader: TaskReader) -> dict[str, Any]:
@@ -175,10 +152,10 @@ def open_tasks(reader: TaskReader, folder: Path) -> RlvrTasks:
         )
     by_id = {t.id: t for t in found.tasks}
     train, validation = (tuple(reader.task(by_id[i], found) for i in chosen[part]) for part in ("train", "validation"))
-    ids = [t.ids.tobytes().hex() for t in (*train, *validation)]
-    return RlvrTasks(
-        train, validation, digest_of([found.fingerprint, *chosen["train"], "", *chosen["validation"], *ids])
-    )
+    stop = reader.asker.stop_ids
+    parts = [*chosen["train"], "", *chosen["validation"], "", *map(str, stop)]
+    digest = digest_of([found.fingerprint, *parts, *(t.ids.tobytes().hex() for t in (*train, *validation))])
+    return RlvrTasks(train, validation, stop, digest)
 
 
 def _fate(task: TrainTask, config: RunConfig) -> str:
@@ -187,6 +164,9 @@ def _fate(task: TrainTask, config: RunConfig) -> str:
         return "tests that must share a process with the program: they could be cheated"
     if not count_tests(task.task.tests):
         return "no tests: nothing would be judged"
+    longest = config.rlvr.longest_reference
+    if longest is not None and not 0 < len(task.task.reference) <= longest:
+        return f"a reference that is too long: {len(task.task.reference)} characters (0 = none), at most {longest}"
     length, room = len(task.ids), config.train.seq_length - config.rlvr.max_tokens
     if length > room:
         return (

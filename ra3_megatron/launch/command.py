@@ -121,7 +121,7 @@ def _told(
         after = f", after {', '.join(spec.after)}" if spec.after else ""
         text = f"{spec.name}: {job.state} {' '.join(job.ids)}".rstrip() + f" ({spec.script}, {size} processes{after})"
         if job.state != "done" and speed is not None and architecture is not None:
-            amount = planned_flops(config, architecture, spec.stage, corpus_tokens(folder.run))
+            amount = planned_flops(config, architecture, spec, corpus_tokens(folder.run))
             hours = job_hours(spec, amount, speed)
             if hours is None:
                 unknown.append(spec.name)
@@ -134,6 +134,7 @@ def _told(
     if speed is None:
         lines.append("time: no stage has been measured; give --measured RUN, a run with finished stages")
     else:
-        lines.append(f"time: about {total_hours:.3g} h and {total_gpu:.3g} GPU-hours one after the other, by the speed of "
-                     f"{speed.source}; without {', '.join(unknown) or 'exception'}")  # fmt: skip
+        left_out = f"; left out: {', '.join(unknown)}" if unknown else ""
+        text = f"time: about {total_hours:.3g} h and {total_gpu:.3g} GPU-hours, one job after the other"
+        lines.append(f"{text}, at the speed of {speed.source}{left_out}")
     return lines

@@ -10,8 +10,9 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.estimate import flops
 from ra3_megatron.config.files import is_done
-from ra3_megatron.config.run import RunConfig
-from ra3_megatron.launch.plan import JobSpec
+from ra3_megatron.config.run import RunConfig, load_config
+from ra3_megatron.launch.plan import JobSpec, stage_folder
+from ra3_megatron.stages.graph import graph
 
 TRAINING = ("base", "ntp", "sft")
 
@@ -26,23 +27,19 @@ class Speed:
     """Where it was measured."""
 
 
-def kind_of(stage: str) -> str:
-    """Kind of a stage from its folder: `03-ra3-sft-1` is `sft`."""
-    words = stage.split("-")[1:]
-    return next((k for k in ("variational", "generate", "sft", "ntp", "rlvr", "measure", "base") if k in words), "")
-
-
 def measured_speed(run: Path) -> Speed:
     """Speeds of the finished stages of a run. Raises UserError when there is none to measure by."""
     totals: dict[str, list[float]] = {}
-    for done in sorted(run.glob("*/DONE")):
-        result = _json(done)
-        kind = kind_of(done.parent.name)
-        if not kind or not result.get("flops") or not result.get("seconds"):
+    saved = run / "config.yaml"
+    nodes = graph(load_config(saved)) if saved.exists() else ()
+    for number, node in enumerate(nodes):
+        stage = run / stage_folder(number, node)
+        result = _json(stage / "DONE")
+        if not result.get("flops") or not result.get("seconds"):
             continue
         # Seconds of a generation are those of all replicas together.
-        processes = 1 if kind == "generate" else _processes(done.parent)
-        sums = totals.setdefault(kind, [0.0, 0.0])
+        processes = 1 if node.kind == "generate" else _processes(stage)
+        sums = totals.setdefault(node.kind, [0.0, 0.0])
         sums[0] += float(result["flops"])
         sums[1] += float(result["seconds"]) * processes
     if not totals:
@@ -64,13 +61,13 @@ def _processes(stage: Path) -> int:
     return math.prod(int(layout.get(name, 1)) for name in ("tensor", "pipeline", "context", "data"))
 
 
-def planned_flops(config: RunConfig, a: Architecture, stage: str, code_tokens: float | None) -> float | None:
-    """FLOPs of a stage; none where they cannot be told beforehand.
+def planned_flops(config: RunConfig, a: Architecture, job: JobSpec, code_tokens: float | None) -> float | None:
+    """FLOPs of a job; none where they cannot be told beforehand.
 
     `code_tokens` of the corpus, where they are known: generation goes over all of them. Thoughts are counted as a tenth
     more tokens; rollouts as one and a half passes over the final text, and two passes to score it.
     """
-    t, kind, thoughts = config.train, kind_of(stage), 1.1
+    t, kind, thoughts = config.train, job.kind, 1.1
     if kind in TRAINING:
         tokens = float(config.base.tokens) if kind == "base" else _trained_tokens(config)
         if tokens is None:
@@ -83,7 +80,7 @@ def planned_flops(config: RunConfig, a: Architecture, stage: str, code_tokens: f
         return 1.5 * once + 2 * once + flops(a, tokens, length / 2, training=True)
     if kind == "generate" and code_tokens:
         length = float(config.data.snippet_tokens or t.seq_length)
-        samples = config.generate.bolt_samples if "bolt" in stage else 1
+        samples = config.generate.bolt_samples if "bolt" in job.arguments else 1
         return 1.5 * samples * flops(a, code_tokens * thoughts, length / 2, training=False)
     return None
 
@@ -103,7 +100,7 @@ def corpus_tokens(run: Path) -> float | None:
 
 def job_hours(job: JobSpec, amount: float | None, speed: Speed) -> float | None:
     """Hours of a job on its nodes (of an array: all elements at once); none without a figure."""
-    rate = speed.by_kind.get(kind_of(job.stage))
+    rate = speed.by_kind.get(job.kind)
     if amount is None or rate is None or job.script == "convert.sh":
         return None
     return amount / rate / (job.nodes * job.processes * max(1, job.array)) / 3600

@@ -221,8 +221,7 @@ class Job:
     def _note_stragglers(self, attempt: Path) -> None:
         """Nodes that were slow for long stay out of the next attempt."""
         found: dict[str, Any] = read_json(attempt / STRAGGLERS_FILE) or {}
-        slow = {node: f"{ratio:.2f} times the median" for node, ratio in found.get("slow", {}).items()}
-        if slow:
+        if slow := found.get("slow", {}):
             say(f"slow nodes: {slow}")
             node_choice.add_bad(self.folder.run / node_choice.BAD_NODES, slow)
 
@@ -231,8 +230,8 @@ class Job:
         count = fruitless(self.record.events(), self.work.progress())
         if count.ended < self.v.max_fruitless and count.lost < self.v.max_lost:
             return None
-        say(f"no progress in {count.ended} attempts that ended by themselves and {count.lost} that were lost: given up; "
-            "what waits for this job is cancelled; slurm/resume.sh starts it anew")  # fmt: skip
+        tries = f"{count.ended} attempts that ended by themselves and {count.lost} that were lost"
+        say(f"no progress in {tries}: given up; what waits for this job is cancelled; slurm/resume.sh starts it anew")
         return EXIT_NO_PROGRESS
 
     def _preempted(self) -> bool:

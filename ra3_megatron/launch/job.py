@@ -197,7 +197,9 @@ class Job:
         code, reason = int(outcome.get("code", ended.code)), str(outcome.get("reason", f"exit code {ended.code}"))
         self._note_stragglers(attempt)
         if self.work.done:
-            return self._say_end("done", EXIT_DONE, "done", attempt)
+            # DONE is written last: what failed after it, such as the report, can be made again from the files.
+            text = "done" if ended.code == EXIT_DONE else f"done; then {reason}; see node*.log"
+            return self._say_end("done", EXIT_DONE, text, attempt)
         if code == EXIT_STOPPED or (self.folder.run / STOP_FILE).exists():
             return self._say_end("stopped", EXIT_STOPPED, reason, attempt)
         if code == EXIT_USER:

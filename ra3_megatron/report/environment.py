@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from ra3_megatron import __version__
+from ra3_megatron.config.control import CODE_COMMIT
 from ra3_megatron.config.files import atomic_write_text
 
 ENVIRONMENT_FILE = "environment.json"
@@ -79,7 +80,8 @@ def environment() -> dict[str, Any]:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": " ".join(sys.argv),
             "ra3_megatron": __version__,
-            "git": git_state(Path(__file__).parent),
+            # A job runs a snapshot of the code, which is in no checkout.
+            "git": os.environ.get(CODE_COMMIT) or git_state(Path(__file__).parent),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "host": socket.gethostname(),

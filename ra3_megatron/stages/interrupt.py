@@ -96,7 +96,7 @@ class Interrupt:
         self._step_limit = _seconds(STEP_LIMIT, timeout_s + 60.0)
         self._setup_limit = _seconds(SETUP_LIMIT, 1800.0)
         self._next, self._agreed_at = 0, None
-        self._stage, self._beaten = "", 0.0
+        self._stage, self._what, self._beaten = "", "", 0.0
         self._marks: deque[float] = deque(maxlen=64)
         self._stragglers = Stragglers(parallel, self._attempt)
 
@@ -158,7 +158,8 @@ class Interrupt:
     def _beat(self, step: int) -> None:
         now = time.monotonic()
         self._marks.append(now)
-        if now - self._beaten < BEAT_S:
+        # After a save the long time that was allowed for it ends at once.
+        if self._what == "steps" and now - self._beaten < BEAT_S:
             return
         steps = [after - before for before, after in pairwise(self._marks)]
         typical = statistics.median(steps) if steps else 0.0
@@ -167,7 +168,7 @@ class Interrupt:
     def _write(self, what: str, step: int | None, allow_s: float) -> None:
         if self._attempt is None or not self._parallel.is_main:
             return
-        self._beaten = time.monotonic()
+        self._what, self._beaten = what, time.monotonic()
         beat = {"what": what, "step": step, "time": time.time(), "allow_s": allow_s, "stage": self._stage}
         try:
             atomic_write_text(self._attempt / HEARTBEAT_FILE, json.dumps(beat))

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from ra3_megatron.config.control import STOP_FILE
+from tests.slurm.cluster import ROOT
 from tests.slurm.runs import STAGE, Run, Runs
 
 EARLY = 5
@@ -98,13 +99,14 @@ def test_no_progress_ends_the_chain(run):
 
 def test_user_error_is_not_tried_again(run):
     """A configuration that can never work was started three times on hundreds of GPUs."""
-    run.launch("--dry-run")
-    config = run.config.read_text().replace("vocab_size: 517", "vocab_size: 300")
-    run.config.write_text(config)
-    jobs = run.launch()
-    run.wait_for_end(jobs[STAGE], "FAILED")
-    assert run.cluster.facts(jobs[STAGE])["ExitCode"] == "2:0"
+    (run.stage("00-prepare") / "DONE").unlink()
+    shape = ["--nodes=2", "--gpus-per-node=8", f"--output={run.folder}/job.log", str(ROOT / "slurm" / "midtrain.sh")]
+    job = run.cluster.output(["sbatch", "--parsable", *shape, str(run.config), "--stage", "ntp"], env=run.env | {
+        "RA3_PROCESSES": "1"}).strip()  # fmt: skip
+    run.wait_for_end(job, "FAILED")
+    assert run.cluster.facts(job)["ExitCode"] == "2:0"
     assert run.events() == ["started", "user_error"]
+    assert "stage ntp needs prepare" in (run.folder / "job.log").read_text()
 
 
 def test_hang_is_found_and_dumped(run, runs):

@@ -96,11 +96,12 @@ def test_heartbeat(parallel, run):
     mine = Interrupt(parallel, run, 10.0)
     mine.begin("03-sft")
     assert (beat()["stage"], beat()["what"], beat()["allow_s"]) == ("03-sft", "setting up", 1800.0)
-    mine._beaten = -100.0
     mine.requested(3)
     assert (beat()["what"], beat()["step"], beat()["allow_s"]) == ("steps", 3, 70.0)
     mine.beat("save", 600.0)
     assert (beat()["what"], beat()["allow_s"]) == ("save", 600.0)
+    mine.requested(4)
+    assert (beat()["step"], beat()["allow_s"]) == (4, 70.0), "what was allowed for the save ends with it"
 
 
 def test_slow_nodes():

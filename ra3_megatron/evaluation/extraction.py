@@ -64,9 +64,12 @@ def _blocks(answer: str) -> list[_Block]:
 
 def extract(answer: str, entry_point: str | None) -> Extracted:
     """The program in an answer to a request, by the rule above; `entry_point` None for programs that read stdin."""
-    blocks = [block for block in _blocks(answer) if block.code.strip()]
+    fenced = _blocks(answer)
+    blocks = [block for block in fenced if block.code.strip()]
     python = [block for block in blocks if block.language in _PYTHON]
     chosen = python or blocks
+    if fenced and not blocks:
+        return Extracted("", ("no code",))
     if not chosen:
         program, notes = _without_block(answer, entry_point)
     else:

@@ -249,7 +249,7 @@ def test_unknown_layouts_and_missing_files(tmp_path: Path) -> None:
     """The nearest name, and the names that were looked for."""
     with pytest.raises(UserError, match="did you mean 'humaneval'"):
         load_tasks("human_eval", Source(str(tmp_path)))
-    with pytest.raises(UserError, match="no data for mbpp .*looked for mbpp.jsonl"):
+    with pytest.raises(UserError, match=r"no data for mbpp .*looked for mbpp\.jsonl"):
         load_tasks("mbpp", Source(str(tmp_path)))
     with pytest.raises(UserError, match="there is no such file or folder"):
         load_tasks("mbpp", Source(str(tmp_path / "none")))

@@ -246,6 +246,8 @@ class Job:
             say("the next copy of this job goes on")
             return EXIT_GO_ON
         say("requeued")
+        # Slurm ends this job with SIGTERM to all its processes, scontrol among them.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         slurm.command(["scontrol", "requeue", self.id])
         return self._wait_for_the_end()
 
@@ -259,6 +261,7 @@ class Job:
         if self.v.restart == "copies":
             say("the next copy of this job goes on; give the bad nodes to sbatch --exclude")
             return EXIT_GO_ON
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for arguments in (
             ["scontrol", "requeuehold", self.id],
             ["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(choice.bad)}"],

@@ -14,6 +14,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = HERE / "cluster.sh"
 
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+"""States that a job does not leave by itself."""
+
 DAEMONS = ("bash", "sleep", "slurmd", "slurmstepd")
 """What runs on a node without a job."""
 
@@ -144,8 +147,12 @@ class Cluster:
 
     def wait_for_state(self, job: str, states: str, seconds: float = 120) -> str:
         """Until the job is in one of `states` (as a regular expression); returns it."""
-        self.wait(lambda: re.fullmatch(states, self.state(job)), seconds, f"job {job} {states}: {self.facts(job)}")
-        return self.state(job)
+        end = time.monotonic() + seconds
+        while not re.fullmatch(states, state := self.state(job)):
+            over = state in FINAL or time.monotonic() > end
+            assert not over, f"job {job} is {state}, not {states}: {self.facts(job)}"
+            time.sleep(0.1)
+        return state
 
     def cancel_all(self) -> None:
         """End what a test has left in the queue."""

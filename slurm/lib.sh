@@ -11,7 +11,8 @@ ra3() {
         python=$RA3_PROJECT/.venv/bin/python
         [[ -x $python ]] || python=python3
     fi
-    PYTHONPATH="$RA3_PROJECT${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m ra3_megatron "$@"
+    # Without PYTHONSAFEPATH the working folder would come first, and a checkout there would run in place of the snapshot.
+    PYTHONSAFEPATH=1 PYTHONPATH="$RA3_PROJECT${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m ra3_megatron "$@"
 }
 
 # The inside of a job. exec: Slurm signals this process, and Python can take signals while it waits.

@@ -54,7 +54,7 @@ class Cluster:
             # The login node has no slurmd; the fake nvidia-smi is found first on every node.
         }  # fmt: skip
 
-    def script(self, *arguments: str, timeout: float = 180) -> str:
+    def script(self, *arguments: str, timeout: float = 300) -> str:
         """Run `cluster.sh ARGUMENTS`."""
         done = subprocess.run([str(SCRIPT), *arguments], env=self.env, capture_output=True, text=True, timeout=timeout,
                               check=False, cwd=ROOT)  # fmt: skip
@@ -116,7 +116,7 @@ class Cluster:
     # ---------------------------------------------------------------- commands on the login node
 
     def run(
-        self, arguments: list[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 120
+        self, arguments: list[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """A command on the login node."""
         return subprocess.run([str(SCRIPT), "exec", *arguments], env={**self.env, **(env or {})}, cwd=cwd, text=True,
@@ -145,7 +145,7 @@ class Cluster:
             assert time.monotonic() < end, f"not within {seconds} s: {why}\n{self.run(['squeue']).stdout}"
             time.sleep(0.1)
 
-    def wait_for_state(self, job: str, states: str, seconds: float = 120) -> str:
+    def wait_for_state(self, job: str, states: str, seconds: float = 400) -> str:
         """Until the job is in one of `states` (as a regular expression); returns it."""
         end = time.monotonic() + seconds
         while not re.fullmatch(states, state := self.state(job)):
@@ -157,7 +157,7 @@ class Cluster:
     def cancel_all(self) -> None:
         """End what a test has left in the queue."""
         self.run(["scancel", "--me"])
-        self.wait(lambda: not self.output(["squeue", "--noheader"]).strip(), 60, "queue empty")
+        self.wait(lambda: not self.output(["squeue", "--noheader"]).strip(), 240, "queue empty")
 
     def leftovers(self) -> dict[str, list[str]]:
         """Processes on the nodes that belong to no daemon, by node; what a job must not leave behind."""

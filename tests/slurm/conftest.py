@@ -47,7 +47,7 @@ def zygote(cluster: Cluster) -> Iterator[Path]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.slurm.zygote", str(path)], cwd=ROOT, env=env, stdout=log, stderr=log
     )
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     while not path.exists():
         alive = process.poll() is None and time.monotonic() < end
         assert alive, (cluster.folder / "zygote.log").read_text()[-2000:]
@@ -59,9 +59,9 @@ def zygote(cluster: Cluster) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def runs(cluster: Cluster, zygote: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Runs that share a prepared corpus, and the weights that each must end with."""
-    return Runs(cluster, zygote, tmp_path_factory.mktemp("prepared"))
+def runs(cluster: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs that share a prepared corpus, and the weights that each must end with; real ranks only where asked for."""
+    return Runs(cluster, lambda: request.getfixturevalue("zygote"), tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(autouse=True)
@@ -72,4 +72,4 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     cluster: Cluster = request.getfixturevalue("cluster")
     cluster.cancel_all()
-    cluster.wait(lambda: not cluster.leftovers(), 20, f"orphans: {cluster.leftovers()}")
+    cluster.wait(lambda: not cluster.leftovers(), 120, f"orphans: {cluster.leftovers()}")

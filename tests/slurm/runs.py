@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ from tests.e2e import small
 from tests.slurm.cluster import ROOT, Cluster
 
 RANK_PYTHON = ROOT / "tests" / "slurm" / "rank_python"
+LIGHT_WORKER = ROOT / "tests" / "slurm" / "light_worker"
+QUICK = {"RA3_HANG_POLL_S": "0.2", "PYTHONDONTWRITEBYTECODE": "1"}
+PREPARE = "00-prepare"
 STAGE = "01-ntp"
 STEPS = 24
 
@@ -31,7 +35,7 @@ def settings(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": {"interval": 4},
         "report": {"interval": 20},
         "export": {"enabled": False},
-        "parallel": {"timeout_s": 40.0},
+        "parallel": {"timeout_s": 120.0},
     }
     for section, values in changes.items():
         sections.setdefault(section, {}).update(values)
@@ -79,7 +83,7 @@ class Run:
         whole = [line for line in lines if line.endswith(b"\n")]
         return json.loads(whole[-1])["step"] if whole else 0
 
-    def wait_for_step(self, step: int, seconds: float = 90) -> None:
+    def wait_for_step(self, step: int, seconds: float = 240) -> None:
         """Until `step` steps are done."""
         self.cluster.wait(lambda: self.step() >= step, seconds, f"step {step}; {self.logs()}")
 
@@ -103,7 +107,7 @@ class Run:
         paths = [*self.run.glob("jobs/**/slurm-*.log"), *self.run.glob("jobs/**/node*.log")]
         return "\n".join(f"== {p.relative_to(self.run)}\n{p.read_text(errors='replace')[-1500:]}" for p in paths)
 
-    def wait_for_end(self, job: str, states: str = "COMPLETED", seconds: float = 150) -> None:
+    def wait_for_end(self, job: str, states: str = "COMPLETED", seconds: float = 400) -> None:
         """Until the job has ended in a state; shows the logs when it is another."""
         try:
             self.cluster.wait_for_state(job, states, seconds)
@@ -113,7 +117,7 @@ class Run:
     def rank_process(self, rank: int, attempt: str = "latest", job: str = STAGE) -> tuple[str, int]:
         """Node of a rank, and its process number as the machine sees it."""
         path = self.run / "jobs" / job / attempt / "ranks" / str(rank)
-        self.cluster.wait(path.exists, 60, f"rank {rank} signs in; {self.logs()}")
+        self.cluster.wait(path.exists, 240, f"rank {rank} signs in; {self.logs()}")
         node, number = path.read_text().split()
         space = os.readlink(f"/proc/{(self.cluster.folder / 'run' / f'{node}.init').read_text().strip()}/ns/pid")
         for folder in Path("/proc").glob("[0-9]*"):
@@ -131,21 +135,30 @@ class Run:
 class Runs:
     """Makes runs whose corpus is prepared, and knows what they must end with."""
 
-    def __init__(self, cluster: Cluster, zygote: Path, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, zygote: Callable[[], Path], folder: Path) -> None:
         self.cluster, self._zygote, self._folder = cluster, zygote, folder
-        self._made = 0
 
     @property
     def env(self) -> dict[str, str]:
-        """Ranks come out of the zygote; the network of a node is what gloo finds by its name."""
-        return {"RA3_PYTHON": str(RANK_PYTHON), "RA3_TEST_ZYGOTE": str(self._zygote), "RA3_HANG_POLL_S": "0.2",
-                "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+        """Ranks come out of the zygote."""
+        return {**QUICK, "RA3_PYTHON": str(RANK_PYTHON), "RA3_TEST_ZYGOTE": str(self._zygote())}
+
+    def hollow(self, folder: Path, *done: str, **changes: dict[str, Any]) -> Run:
+        """A run whose processes only wait for one another and mark their stage as done; `done` are stages that are."""
+        run = self._written(folder, {**QUICK, "RA3_PYTHON": str(LIGHT_WORKER)}, **changes)
+        for name in done:
+            run.stage(name).mkdir(parents=True)
+            (run.stage(name) / "DONE").write_text("{}")
+        return run
 
     def fresh(self, folder: Path, **changes: dict[str, Any]) -> Run:
         """A run of which nothing is done yet."""
+        return self._written(folder, self.env, **changes)
+
+    def _written(self, folder: Path, env: dict[str, str], **changes: dict[str, Any]) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder, **changes)))
-        return Run(self.cluster, folder, dict(self.env))
+        return Run(self.cluster, folder, env)
 
     def prepared(self, folder: Path, **changes: dict[str, Any]) -> Run:
         """A run whose corpus is there."""
@@ -192,7 +205,7 @@ class Runs:
                         stdin=subprocess.DEVNULL,
                     )
                 )
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         for rank, process in enumerate(started):
             code = process.wait(max(1.0, end - time.monotonic()))
             assert code == 0, (run.folder / f"local{rank}.log").read_text()[-3000:]

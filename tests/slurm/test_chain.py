@@ -1,14 +1,19 @@
 """Chains of jobs on a real Slurm: what is submitted, what waits for what, and what a whole chain ends with."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 
 import pytest
 
+from ra3_megatron.launch.attempts import Record
+from ra3_megatron.report.schema import read_metrics
 from tests.slurm.cluster import ROOT, Cluster
-from tests.slurm.runs import STAGE, Runs
+from tests.slurm.runs import LIGHT_WORKER, PREPARE, STAGE, Runs
 
 MIDTRAIN = str(ROOT / "slurm" / "midtrain.sh")
 CHAIN = {
@@ -64,8 +69,7 @@ def test_whole_chain_from_one_sbatch(runs, tmp_path):
 
 def test_twice_in_a_row_submits_nothing_twice(runs, tmp_path):
     """Each call of the script queued the whole chain again."""
-    run = runs.fresh(tmp_path, export={"enabled": True})
-    run.env["RA3_PYTHON"] = str(ROOT / "tests" / "slurm" / "light_worker")
+    run = runs.hollow(tmp_path, export={"enabled": True})
     first = run.launch("--sbatch", "--hold")
     assert list(first) == ["00-prepare", "01-ntp", "02-export"]
     again = run.cluster.output(["slurm/chain.sh", str(run.run)], env=run.env)
@@ -80,7 +84,7 @@ def test_twice_in_a_row_submits_nothing_twice(runs, tmp_path):
 
 def test_dry_run_tells_every_command(runs, tmp_path):
     """What would run could only be known by running it."""
-    run = runs.fresh(tmp_path, **CHAIN)
+    run = runs.hollow(tmp_path, **CHAIN)
     done = run.ra3("launch", str(run.config), "--nodes", "3", "--spares", "1", "--array", "5", "--dry-run")
     assert done.returncode == 2
     assert "global_batch_size" in done.stderr, "24 processes do not divide the batch"
@@ -99,21 +103,18 @@ def test_dry_run_tells_every_command(runs, tmp_path):
 
 def test_array_shard_that_fails_restarts_alone(runs, tmp_path):
     """scontrol requeue of the last element requeued the whole array."""
-    run = runs.fresh(tmp_path, **CHAIN)
+    run = runs.hollow(tmp_path, "00-prepare", "03-ra3-variational-1", **CHAIN)
     worker = tmp_path / "worker"
     worker.write_text(
         "#!/bin/bash\n"
         'if [[ $RA3_ATTEMPT_DIR == */part-0002/*-0 ]]; then echo "this shard fails once"; exit 1; fi\n'
-        f'exec {ROOT}/tests/slurm/light_worker "$@"\n'
+        f'exec {LIGHT_WORKER} "$@"\n'
     )
     worker.chmod(0o755)
     run.env["RA3_PYTHON"] = str(worker)
-    for name in ("00-prepare", "03-ra3-variational-1"):
-        run.stage(name).mkdir(parents=True)
-        (run.stage(name) / "DONE").write_text("{}")
     jobs = run.launch("--array", "3", "--sbatch", "--exclude=node004")
     array = jobs["04-ra3-generate-1"]
-    run.wait_for_end(jobs["04-ra3-generate-1-join"], seconds=120)
+    run.wait_for_end(jobs["04-ra3-generate-1-join"])
     assert [run.events(f"04-ra3-generate-1/part-{i:04d}") for i in range(3)] == [
         ["started", "done"], ["started", "done"], ["started", "crash", "started", "done"],
     ]  # fmt: skip
@@ -123,35 +124,33 @@ def test_array_shard_that_fails_restarts_alone(runs, tmp_path):
 
 def test_from_a_wrong_folder(runs, tmp_path):
     """The script looked for the project where it was submitted from, or ran something else there."""
-    run = runs.prepared(tmp_path / "somewhere")
+    run = runs.hollow(tmp_path / "somewhere", PREPARE)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     log = elsewhere / "job.log"
     wrong = sbatch(run, f"--output={log}", MIDTRAIN, "configs/quickstart.yaml", cwd=elsewhere)
-    run.wait_for_end(wrong, "FAILED", 60)
+    run.wait_for_end(wrong, "FAILED")
     assert run.cluster.facts(wrong)["ExitCode"] == "2:0"
     assert log.read_text().startswith("error: no configuration at configs/quickstart.yaml; give the path")
     assert len(log.read_text().splitlines()) == 1
     # With whole paths it is no wrong folder at all.
-    run.env["RA3_PYTHON"] = str(ROOT / "tests" / "slurm" / "light_worker")
     shape = ["--nodes=2", "--gpus-per-node=8", f"--output={log}"]
     right = sbatch(run, *shape, MIDTRAIN, str(run.config), "--stage", "ntp", cwd=elsewhere)
-    run.wait_for_end(right, seconds=60)
+    run.wait_for_end(right)
     assert run.done()
 
 
 def test_missing_log_folder(runs, tmp_path):
     """Slurm fails a job whose --output lies in a folder that is not there, and says nothing at all."""
-    run = runs.prepared(tmp_path)
-    run.env["RA3_PYTHON"] = str(ROOT / "tests" / "slurm" / "light_worker")
+    run = runs.hollow(tmp_path, PREPARE)
     jobs = run.launch("--sbatch", "--hold")
     shutil.rmtree(run.run / "jobs")
     run.cluster.output(["scontrol", "release", jobs[STAGE]])
-    run.wait_for_end(jobs[STAGE], "FAILED", 60)
+    run.wait_for_end(jobs[STAGE], "FAILED")
     told = run.cluster.output(["slurm/status.sh", str(run.run)], env=run.env)
     assert re.search(rf"{STAGE}\s+not queued", told)
     (again,) = run.launch("--same", target=run.run).values()
-    run.wait_for_end(again, seconds=60)
+    run.wait_for_end(again)
     assert run.done()
 
 
@@ -159,11 +158,10 @@ def test_container_flags_arrive(cluster, runs, tmp_path):
     """pyxis refused the options, or the run's folder was not mounted."""
     if not cluster.has_pyxis:
         pytest.skip("no compiler or no slurm/spank.h: the stand-in for pyxis was not built")
-    run = runs.prepared(tmp_path)
+    run = runs.hollow(tmp_path, PREPARE)
     worker = tmp_path / "worker"
-    worker.write_text(
-        f'#!/bin/bash\nenv | grep ^FAKE_PYXIS_ > {tmp_path}/seen\nexec {ROOT}/tests/slurm/light_worker "$@"\n'
-    )
+    find = f"{sys.executable} -c 'import ra3_megatron; print(ra3_megatron.__file__)' > {tmp_path}/code"
+    worker.write_text(f'#!/bin/bash\nenv | grep ^FAKE_PYXIS_ > {tmp_path}/seen\n{find}\nexec {LIGHT_WORKER} "$@"\n')
     worker.chmod(0o755)
     run.env |= {
         "RA3_PYTHON": str(worker),
@@ -171,7 +169,7 @@ def test_container_flags_arrive(cluster, runs, tmp_path):
         "RA3_CONTAINER_MOUNTS": "/data:/data",
     }
     jobs = run.launch("--gpus-per-node", "0")
-    run.wait_for_end(jobs[STAGE], seconds=60)
+    run.wait_for_end(jobs[STAGE])
     seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
     assert seen["FAKE_PYXIS_IMAGE"] == "/images/ra3.sqsh"
     mounts = seen["FAKE_PYXIS_MOUNTS"].split(",")
@@ -179,6 +177,8 @@ def test_container_flags_arrive(cluster, runs, tmp_path):
     assert f"{run.run}/launch/code:{run.run}/launch/code" in mounts
     assert "/data:/data" in mounts
     assert seen["FAKE_PYXIS_WORKDIR"] == str(ROOT)
+    # Submitted from the checkout: its own package must not come before the snapshot's.
+    assert (tmp_path / "code").read_text().startswith(f"{run.run}/launch/code/")
 
 
 def test_copies_where_requeue_is_forbidden(runs, tmp_path):
@@ -190,11 +190,11 @@ def test_copies_where_requeue_is_forbidden(runs, tmp_path):
     first, second, third = ids.split()
     run.wait_for_step(4)
     run.cluster.output(["scancel", "--batch", "--signal=USR1", first])
-    run.wait_for_end(first, "FAILED", 60)
+    run.wait_for_end(first, "FAILED")
     assert run.cluster.facts(first)["ExitCode"] == "85:0"
     run.wait_for_end(second)
     assert run.result() == runs.reference
-    run.wait_for_end(third, seconds=60)
+    run.wait_for_end(third)
     assert run.events() == ["started", "saved", "started", "done"], "the third copy has nothing to do"
 
 
@@ -220,12 +220,46 @@ def test_full_disk(cluster, runs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_real_processes(launcher, runs, tmp_path):
+    """With Python as it is and no zygote: starts, saves on the signal, goes on; prints what that takes."""
+    run = runs.prepared(tmp_path)
+    run.env |= {"RA3_PYTHON": sys.executable, "RA3_LAUNCHER": launcher, "RA3_MAX_RESTARTS": "1"}
+    jobs = run.launch()
+    run.wait_for_step(6, seconds=240)
+    sent = time.time()
+    run.cluster.output(["scancel", "--batch", "--signal=USR1", jobs[STAGE]])
+    run.wait_for_end(jobs[STAGE], seconds=300)
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "saved", "started", "done"]
+    events = Record(run.run / "jobs" / STAGE).events()
+    times = [(r["step"], r["wall"]["time"]) for r in read_metrics(run.stage() / "metrics.jsonl") if "loss" in r]
+    first, again = times[0][1], next(moment for _, moment in times if moment > events[2]["time"])
+    print(f"{launcher}: first step {first - events[0]['time']:.1f} s after the check of the nodes; signal to saved "
+          f"{events[1]['time'] - sent:.1f} s, to checked again {events[2]['time'] - sent:.1f} s, to the next new step "
+          f"{again - sent:.1f} s")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_inside_the_job(runs, tmp_path):
+    """With an agent on every node a dead process costs no requeue."""
+    run = runs.prepared(tmp_path)
+    run.env |= {"RA3_PYTHON": sys.executable, "RA3_LAUNCHER": "torchrun", "RA3_MAX_RESTARTS": "2"}
+    jobs = run.launch()
+    run.wait_for_step(6, seconds=240)
+    os.kill(run.rank_process(1)[1], signal.SIGKILL)
+    run.wait_for_end(jobs[STAGE], seconds=300)
+    assert run.events() == ["started", "done"]
+    assert run.result() == runs.reference
+    assert run.cluster.facts(jobs[STAGE])["Restarts"] == "0"
+
+
+@pytest.mark.slow
 def test_sixty_four_nodes(tmp_path):
     """The plan for 512 GPUs: one array of 64, every stage on all nodes, nothing forgotten."""
     with Cluster(nodes=64) as cluster:
-        runs = Runs(cluster, tmp_path, tmp_path)
         run = tmp_path / "run"
-        env = {"RA3_PYTHON": str(ROOT / "tests" / "slurm" / "light_worker"), "RA3_HANG_POLL_S": "0.5"}
+        env = {"RA3_PYTHON": str(LIGHT_WORKER), "RA3_HANG_POLL_S": "0.5"}
         arguments = ["launch", "configs/llama-3.1-8b.yaml", f"run.dir={run}", "run.arms=[ra3]", "run.rounds=1",
                      "parallel.tensor=4", "parallel.pipeline=2", "parallel.context=1", "train.global_batch_size=512",
                      "variational.snippets_per_step=64", "--nodes", "64", "--array", "64", "--time", "30"]  # fmt: skip
@@ -235,7 +269,6 @@ def test_sixty_four_nodes(tmp_path):
         assert "--array=0-63" in planned
         said = cluster.output([*python, *arguments], env=env, timeout=300)
         jobs = dict(re.findall(r"^(\S+): submitted (\S+)", said, re.MULTILINE))
-        assert runs.cluster is cluster
         cluster.wait_for_state(list(jobs.values())[-1], "COMPLETED", 500)
         assert all(cluster.state(job) == "COMPLETED" for job in jobs.values())
         (generated,) = run.glob("*-generate-1/parts")

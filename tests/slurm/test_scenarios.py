@@ -47,7 +47,7 @@ def test_a_dead_rank_tears_the_others_down_and_the_job_goes_on(run, runs):
     jobs = run.launch()
     run.wait_for_step(EARLY)
     os.kill(run.rank_process(1)[1], signal.SIGKILL)
-    run.cluster.wait(lambda: "crash" in run.events(), 40, "the job notices")
+    run.cluster.wait(lambda: "crash" in run.events(), 240, "the job notices")
     run.wait_for_end(jobs[STAGE])
     assert run.result() == runs.reference
     assert run.events() == ["started", "crash", "started", "done"]
@@ -58,7 +58,7 @@ def test_cancelled_is_never_requeued(run):
     jobs = run.launch()
     run.wait_for_step(EARLY)
     run.cluster.output(["scancel", jobs[STAGE]])
-    run.wait_for_end(jobs[STAGE], "CANCELLED", 60)
+    run.wait_for_end(jobs[STAGE], "CANCELLED")
     time.sleep(3)
     assert run.cluster.facts(jobs[STAGE])["Restarts"] == "0"
     assert not run.done()
@@ -69,7 +69,7 @@ def test_stop_file_and_resume(run, runs):
     jobs = run.launch()
     run.wait_for_step(EARLY)
     (run.run / STOP_FILE).touch()
-    run.wait_for_end(jobs[STAGE], "FAILED", 60)
+    run.wait_for_end(jobs[STAGE], "FAILED")
     assert run.cluster.facts(jobs[STAGE])["ExitCode"] == "86:0"
     refused = run.ra3("launch", str(run.run))
     assert refused.returncode == 2
@@ -111,7 +111,7 @@ def test_user_error_is_not_tried_again(run):
 
 def test_hang_is_found_and_dumped(run, runs):
     """A process stuck on one node kept all of them until the time limit, and nobody knew where it stood."""
-    run.env |= {"RA3_HANG_STEP_S": "6", "RA3_STRAGGLER_S": "0"}
+    run.env |= {"RA3_HANG_STEP_S": "15", "RA3_STRAGGLER_S": "0"}
     jobs = run.launch()
     run.wait_for_step(EARLY)
     _, process = run.rank_process(0)
@@ -180,10 +180,10 @@ def test_power_cut(rank, run, runs):
     node, _ = run.rank_process(rank)
     run.cluster.script("poweroff", node)
     try:
-        run.wait_for_end(jobs[STAGE], seconds=200)
+        run.wait_for_end(jobs[STAGE])
     finally:
         run.cluster.script("poweron", node)
-        run.cluster.wait(lambda: "down" not in run.cluster.output(["sinfo", "-h", "-o", "%t"]), 60, "node is back")
+        run.cluster.wait(lambda: "down" not in run.cluster.output(["sinfo", "-h", "-o", "%t"]), 240, "node is back")
     assert run.result() == runs.reference
     assert run.events().count("started") == 2
 
@@ -193,12 +193,12 @@ def test_real_time_limit(runs, tmp_path):
     """The signal of a real limit, which Slurm may send a minute early."""
     run = runs.prepared(tmp_path, train={"steps": 4000, "eval_interval": 0}, checkpoint={"interval": 100000})
     jobs = run.launch("--time", "2", "--grace-s", "70")
-    run.cluster.wait(lambda: "saved" in run.events(), 200, f"the signal comes; {run.logs()}")
-    run.cluster.wait(lambda: run.events().count("started") == 2, 60, "goes on")
+    run.cluster.wait(lambda: "saved" in run.events(), 400, f"the signal comes; {run.logs()}")
+    run.cluster.wait(lambda: run.events().count("started") == 2, 240, "goes on")
     assert run.events()[:3] == ["started", "saved", "started"]
     saved = [p.parent.name for p in run.stage().glob("checkpoints/step_*/DONE")]
     assert len(saved) == 1, "the one asked for"
-    run.cluster.wait(lambda: run.step() > int(saved[0].removeprefix("step_")), 60, "further steps")
+    run.cluster.wait(lambda: run.step() > int(saved[0].removeprefix("step_")), 240, "further steps")
     assert run.cluster.state(jobs[STAGE]) in ("RUNNING", "PENDING")
 
 
@@ -208,7 +208,7 @@ def test_preempted(run, runs):
     run.wait_for_step(EARLY)
     urgent = run.cluster.output(["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--gpus-per-node=8",
                                  "--output=/dev/null", "--wrap", "sleep 5"]).strip()  # fmt: skip
-    run.cluster.wait_for_state(urgent, "COMPLETED", 90)
+    run.cluster.wait_for_state(urgent, "COMPLETED")
     run.wait_for_end(jobs[STAGE])
     assert run.result() == runs.reference
     assert run.events()[-1] == "done"

@@ -1,6 +1,6 @@
 """One-line tasks for RLVR, and a corpus whose answers to such tasks are only sometimes right.
 
-    python examples/one_line/make_tasks.py FOLDER [--right 0.12] [--seed 0]
+    python examples/one_line/make_tasks.py FOLDER [--right 0.2] [--seed 0]
 
 A task is a docstring and the head of a function; the answer is the expression that it returns, tested with hidden
 numbers. The corpus under FOLDER/code shows the form: the expression under a docstring is the right one now and then and
@@ -17,7 +17,7 @@ from pathlib import Path
 
 NAMES = ("x", "y")
 """What arguments are called, in either order."""
-NUMBERS = range(2, 10)
+NUMBERS = (2, 5, 10)
 """Numbers in tasks."""
 CALLS = ((3, 8), (12, 5), (-4, 7), (9, -2), (6, 6), (0, 11), (25, 3), (-7, -9))
 """Arguments of the hidden tests."""
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=600, help="files of the corpus")
     parser.add_argument("--functions", type=int, default=12, help="functions of a file")
     parser.add_argument("--tasks", type=int, default=640)
-    parser.add_argument("--right", type=float, default=0.12, help="share of the corpus's functions that are right")
+    parser.add_argument("--right", type=float, default=0.2, help="share of the corpus's functions that are right")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)

@@ -107,6 +107,8 @@ class RolloutSource:
         `version`: steps these weights have taken; `snippets` in order of (step, slot), with their `experts`; `uniforms`
         makes the random numbers of the call. The same draw in the ledger takes its place.
         """
+        # Of all replicas, so before each looks into its own record: after a crash one may have the draw, another not.
+        synchronise_parameters(self._chunks)
         keys = [RolloutKey(em_round, s.step, s.slot, m) for s in snippets for m in range(self._group_size)]
         numbers = [i for i in range(len(snippets)) for _ in range(self._group_size)]
         found, cost = self._recorded(em_round, version, keys, numbers, experts)
@@ -150,7 +152,6 @@ class RolloutSource:
         """Draw, record, and count."""
         counters = self._engine.counters
         before = (counters.forward_passes, counters.tokens, counters.rolled_back)
-        synchronise_parameters(self._chunks)
         self._engine.weights_version = version
         found = self._sampling.draw(self._engine, experts, self._group_size, uniforms)
         after = (counters.forward_passes, counters.tokens, counters.rolled_back)

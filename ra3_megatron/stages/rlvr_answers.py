@@ -81,6 +81,11 @@ class AnswerSource:
         if self._ledger is not None:
             self._ledger.close()
 
+    def synchronise(self) -> None:
+        """Collective over all processes: complete the weights before a draw, whether or not this replica has to make
+        it: what is recorded, and how many tasks are asked, may differ between replicas."""
+        synchronise_parameters(self._chunks)
+
     def draw(self, version: int, asked: Sequence[Asked], members: int, seed: int) -> Drawn:
         """`members` judged answers to each task with the weights in training, which have taken `version` steps.
 
@@ -126,7 +131,6 @@ class AnswerSource:
         """Draw, hand every answer to the judge as it ends (`waiting`, by its number), record, and count."""
         counters = self._engine.counters
         passes, tokens = counters.forward_passes, counters.tokens
-        synchronise_parameters(self._chunks)
         self._engine.weights_version = version
         numbers = {(p.number, p.member): i for i, p in enumerate(prompts)}
 

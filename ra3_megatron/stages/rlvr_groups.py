@@ -51,6 +51,7 @@ class GroupSource:
         kept: dict[int, list[AnswerGroup]] = {step: [] for step in steps}
         idle: dict[int, list[AnswerGroup]] = {step: [] for step in steps}
         tokens = passes = refilled = 0
+        self._source.synchronise()
         waited = 0.0
         for attempt in range(1 + self._config.max_refills):
             refilled += len(places) * (attempt > 0)

@@ -36,6 +36,7 @@ class Validation:
         the work it took over all replicas. All processes."""
         p = self.parallel
         mine = np.array_split(np.arange(len(self.tasks)), p.sizes.data)[p.data_rank].tolist()
+        self.source.synchronise()
         # Positions of a measurement are its own: the same task at two steps is two entries of the record.
         drawn = self.source.draw(step, [Asked(i, self.tasks[i]) for i in mine], self.members, self.seed)
         passed, counted = np.zeros(len(self.tasks)), np.zeros(len(self.tasks))

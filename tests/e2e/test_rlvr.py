@@ -174,7 +174,7 @@ def test_bad_tasks_are_refused(rows: list[str], said: str, base: Path, tmp_path:
 def test_other_refusals(folder: Path, base: Path, whole: Path, tmp_path: Path, server: ForkServer) -> None:
     """Nothing to start from, an arm that is not there, tasks changed under a run, no room for a prompt."""
     config = rl.write_config(folder, base, "none", rlvr={"start": None})
-    assert "nothing to start from" in refused(server, config)
+    assert "name a base model" in refused(server, config)
     config = rl.write_config(folder, base, "none", rlvr={"start": str(tmp_path)})
     assert "neither a finished checkpoint nor a run" in refused(server, config)
     config = rl.write_config(folder, base, "none", rlvr={"start_arm": "ra3"})

@@ -82,3 +82,32 @@ def test_a_stage_is_found_by_kind_arm_and_round():
 def test_a_stage_that_is_not_there_is_refused_with_those_that_are(asked, says):
     with pytest.raises(UserError, match=says):
         find(config(["ra3"], rounds=2), *asked)
+
+
+TASKS = {"steps": 3, "tasks": "tasks.jsonl"}
+
+
+def test_rlvr_comes_after_every_arm_and_is_exported():
+    """The arm before RLVR was exported, or the second arm's RLVR began from the first one's weights."""
+    nodes = {n.name: n for n in graph(config(["ra3", "ntp"], rlvr=TASKS, evaluation={"benchmarks": ["humaneval"]}))}
+    assert list(nodes) == [
+        "prepare", "prepare-base", "base", "tasks", "ra3-variational-1", "ra3-generate-1", "ra3-sft-1", "ntp",
+        "ra3-rlvr", "ntp-rlvr", "export", "measure", "evaluate",
+    ]  # fmt: skip
+    assert nodes["ra3-rlvr"].needs == ("prepare", "tasks", "ra3-sft-1")
+    assert nodes["ntp-rlvr"].needs == ("prepare", "tasks", "ntp")
+    assert nodes["export"].needs[-1] == "ra3-rlvr"
+    assert nodes["measure"].needs == ("prepare", "base", "ra3-sft-1", "ntp")
+    assert nodes["evaluate"].needs == ("prepare", "base", "ra3-sft-1", "ntp", "ra3-rlvr", "ntp-rlvr")
+    assert find(config(["ra3", "ntp"], rlvr=TASKS), "rlvr", "ntp").name == "ntp-rlvr"
+
+
+def test_rlvr_alone_prepares_a_corpus_for_its_base_only():
+    """RLVR of a model that is brought along read the standard library first."""
+    brought = {"base": {"tokens": 0}, "model": {"source": "m"}, "rlvr": TASKS}
+    assert names(config([], **brought)) == ["import", "tasks", "rlvr", "export"]
+    assert names(config([], **{**brought, "model": {}, "rlvr": {**TASKS, "start": "run"}})) == [
+        "tasks", "rlvr", "export",
+    ]  # fmt: skip
+    assert names(config([], rlvr=TASKS)) == ["prepare", "prepare-base", "base", "tasks", "rlvr", "export"]
+    assert find(config([], **brought), "rlvr").arm == ""

@@ -9,6 +9,7 @@ import builtins
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,9 @@ WORK = "/box"
 """Folder of the work folders in a root of our own."""
 TRUSTED_UID_OFFSET = 1000
 """As root, the trusted processes run under a user id this much above the program's."""
+
+
+_SOCKET_FD = 3
 
 
 def library_paths(site: str | None) -> list[str]:
@@ -114,7 +118,11 @@ def enter_namespaces() -> None:
 
 
 def _wait_for(pid: int) -> NoReturn:
-    """Stay as the parent of process 1: when this process is killed, so is everything inside."""
+    """Stay as the parent of process 1: when this process is killed, so is everything inside.
+
+    SIGTERM ends process 1 first, so that nothing is left for whoever adopts orphans: in a container that may be nobody.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
     for fd in range(3, 256):
         try:
             os.close(fd)
@@ -122,6 +130,17 @@ def _wait_for(pid: int) -> NoReturn:
             continue
     _, status = os.waitpid(pid, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    raise AssertionError("unreachable")
+
+
+def _end(link: socket.socket) -> NoReturn:
+    """Hang up on the fork server, which then ends its program and itself; wait for it, and end."""
+    link.close()
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        os._exit(0)
     raise AssertionError("unreachable")
 
 
@@ -168,7 +187,10 @@ def _preload(site: str | None) -> None:
 
 def main(config: dict[str, Any]) -> NoReturn:
     """Build the sandbox, tell the pool what it is made of, serve."""
-    sock = socket.socket(fileno=config["fd"])
+    # Low, and alone: what a server forks closes its descriptors up to the few that it may have.
+    os.dup2(config["fd"], _SOCKET_FD)
+    os.closerange(_SOCKET_FD + 1, max(256, config["fd"] + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    sock = socket.socket(fileno=_SOCKET_FD)
     parent = os.getppid()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL, "parent death signal")
     if os.getppid() != parent:
@@ -195,6 +217,8 @@ def main(config: dict[str, Any]) -> NoReturn:
     trusted_uid = None if uid is None else uid + TRUSTED_UID_OFFSET
     folders = [_work_folder(folder, name, owner) for name, owner in (("program", uid), ("trusted", trusted_uid))]
     link = zygote.fork_server(walls, folders[0])
+    if mode == "none":
+        signal.signal(signal.SIGTERM, lambda *_: _end(link))
     jail.enter(walls, trusted_uid, folders[1])
     judge = referee.Referee(supervise.Link(link), walls, folders[1])
     hello = {

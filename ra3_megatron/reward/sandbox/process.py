@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from ra3_megatron.reward.guest.wire import WireError, dumps, loads
 
 logger = logging.getLogger(__name__)
 
+STOP_S = 5.0
+"""Wall seconds within which a sandbox must have ended what is in it; after them it is killed."""
 START_S = 60.0
 """Wall seconds within which a sandbox must have started."""
 _GUEST = Path(guest.__file__).parent
@@ -63,6 +66,7 @@ class Sandbox:
     """
 
     def __init__(self, config: JudgeConfig, namespaces: str, number: int) -> None:
+        self._way = namespaces
         self._folder: str | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the sandbox
         ours, theirs = socket.socketpair()
@@ -144,7 +148,17 @@ class Sandbox:
 
     def stop(self) -> None:
         """Kill everything in the sandbox; safe from another thread while one waits for an answer."""
-        if self._process.poll() is None:
+        if self._process.poll() is not None:
+            return
+        # Not killed at once: its child would be left to whoever adopts orphans, and in a container that may be nobody.
+        if self._way == "bubblewrap":
+            for child in _children(self._process.pid):
+                os.kill(child, signal.SIGKILL)
+        else:
+            self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
 
     def close(self) -> None:
@@ -163,6 +177,14 @@ class Sandbox:
             if done.returncode:
                 logger.warning("could not remove the work folder %s: %s", self._folder, done.stderr.strip()[-500:])
             self._folder = None
+
+
+def _children(pid: int) -> list[int]:
+    """Process ids of the children of a process; none where it has gone."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def bubblewrap(site: str | None) -> list[str]:

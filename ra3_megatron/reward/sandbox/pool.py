@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _SLACK_S = 120.0
 """Wall seconds that a sandbox may take beyond all of a job's own limits before it counts as dead."""
+_TICK_S = 0.25
+"""Wall seconds between looks of a waiting thread at whether the pool has been closed."""
 _Item = tuple["Future[Verdict]", Submission]
 
 
@@ -73,7 +75,7 @@ class LocalPool:
 
     def __init__(self, config: JudgeConfig, *, training: bool) -> None:
         self._config = config
-        self._queue: queue.Queue[_Item | None] = queue.Queue(config.max_pending)
+        self._queue: queue.Queue[_Item] = queue.Queue(config.max_pending)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._running: dict[int, Sandbox] = {}
@@ -137,8 +139,11 @@ class LocalPool:
         way = namespaces or self._namespaces
         jobs = 0
         try:
-            while (item := self._queue.get()) is not None:
-                future, submission = item
+            while not self._closed.is_set():
+                try:
+                    future, submission = self._queue.get(timeout=_TICK_S)
+                except queue.Empty:
+                    continue
                 if not future.set_running_or_notify_cancel():
                     continue
                 if sandbox is not None and jobs >= self._config.jobs_per_sandbox:
@@ -203,7 +208,7 @@ class LocalPool:
             if self._closed.is_set():
                 raise RuntimeError("the judge is closed")
             try:
-                self._queue.put((future, submission), timeout=0.5)
+                self._queue.put((future, submission), timeout=_TICK_S)
                 break
             except queue.Full:
                 continue
@@ -217,7 +222,7 @@ class LocalPool:
                 item = self._queue.get_nowait()
             except queue.Empty:
                 return
-            if item is not None and item[0].set_running_or_notify_cancel():
+            if item[0].set_running_or_notify_cancel():
                 total = count_tests(item[1].tests)
                 item[0].set_result(Verdict(Outcome.LOST, 0, total, "the judge was closed"))
 
@@ -228,22 +233,12 @@ class LocalPool:
         with self._lock:
             for sandbox in self._running.values():
                 sandbox.stop()
-        for _ in self._threads:
-            self._wake()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
         self._drain()
         for number in list(self._running):
             self._drop(number)
-
-    def _wake(self) -> None:
-        while True:
-            try:
-                self._queue.put_nowait(None)
-                return
-            except queue.Full:
-                self._drain()
 
 
 def default_workers() -> int:

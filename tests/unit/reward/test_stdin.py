@@ -12,8 +12,8 @@ def verdict(judge: Judge, program: str, tests: StdinTests, **limits: float) -> V
     return judge.judge([Submission(program, tests, Limits(**{"cpu_s": 2.0, **limits}))])[0]  # type: ignore[arg-type]
 
 
-NEWLINE = "\n"
 WORDS = "input()\na = [str(2 * int(x)) for x in input().split()]"
+INNER = WORDS.replace("\n", "\n    ")
 TAIL = "print(*[2 * x for x in a])"
 STYLES = {
     "input": f"n = int(input())\na = list(map(int, input().split()))\n{TAIL}",
@@ -25,10 +25,10 @@ STYLES = {
     "os.read(0)": f"import os\na = list(map(int, os.read(0, 10**6).split()))[1:]\n{TAIL}",
     "sys.stdout.write": f"import sys\n{WORDS}\nsys.stdout.write(' '.join(a))",
     "sys.stdout.buffer": f"import sys\n{WORDS}\nsys.stdout.buffer.write(' '.join(a).encode())",
-    "main guard": f"def main():\n    {WORDS.replace(NEWLINE, NEWLINE + '    ')}\n    print(*a)\nif __name__ == '__main__': main()",
+    "main guard": f"def main():\n    {INNER}\n    print(*a)\nif __name__ == '__main__': main()",
     "thread with a big stack": (
         "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\n"
-        f"def main():\n    {WORDS.replace(NEWLINE, NEWLINE + '    ')}\n    print(*a)\nthreading.Thread(target=main).start()"
+        f"def main():\n    {INNER}\n    print(*a)\nthreading.Thread(target=main).start()"
     ),
     "sys.exit(0) at the end": f"import sys\ninput()\na = map(int, input().split())\n{TAIL}\nsys.exit(0)",
     "exit() at the end": f"{WORDS}\nprint(*a)\nexit()",

@@ -1,7 +1,6 @@
 """Plain data between the two sides: true copies, and nothing but plain data whatever the bytes are."""
 
 import contextlib
-import contextlib
 import enum
 import math
 from collections import Counter, OrderedDict, deque, namedtuple

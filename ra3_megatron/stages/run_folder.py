@@ -34,6 +34,11 @@ FREE_TO_CHANGE = (
     "data.workers",
     "checkpoint.",
     "report.",
+    "judge.workers",
+    "judge.addresses",
+    "judge.secret_file",
+    "judge.max_pending",
+    "judge.jobs_per_sandbox",
 )
 """Fields that may differ between resumes: they change neither the data order nor, beyond rounding, the result."""
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from ra3_megatron.report.schema import curve, read_metrics
-from tests.e2e import rl
+from tests.e2e import rl, small
 from tests.e2e.forked import ForkServer
 from tests.e2e.small import all_tensors
 
@@ -101,6 +102,25 @@ def test_kills_change_nothing(folder: Path, base: Path, whole: Path, server: For
     a, b = tensors(stage), tensors(whole)
     assert a.keys() == b.keys()
     assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+
+
+def test_midtraining_goes_on_into_rlvr(folder: Path, tmp_path: Path, server: ForkServer) -> None:
+    """RLVR of an arm began from the base, or the exported model was that of before."""
+    rlvr = {"start": None, "tasks": str(folder / "tasks.jsonl"), "steps": 1, "max_lag": 0, "eval_interval": 0}
+    path = rl.write_config(tmp_path, tmp_path, rlvr=rlvr, train={"steps": 3, "eval_interval": 0})
+    plain = yaml.safe_load(path.read_text())
+    plain["model"]["architecture"] = small.config(tmp_path)["model"]["architecture"]
+    path.write_text(yaml.safe_dump(plain))
+    (done,) = server.cli(["midtrain", str(path)])
+    assert done.code == 0, done.err[-3000:]
+    stages = {
+        p.name: json.loads((p / "DONE").read_text()) for p in (tmp_path / "run").iterdir() if (p / "DONE").exists()
+    }
+    assert set(stages) == {"00-prepare", "01-tasks", "02-ntp", "03-ntp-rlvr", "04-export"}
+    assert stages["04-export"]["checkpoint"] == stages["03-ntp-rlvr"]["checkpoint"]
+    assert stages["03-ntp-rlvr"]["parameters_sha256"] != stages["02-ntp"]["parameters_sha256"]
+    (alone,) = server.cli(["midtrain", str(path), "--stage", "rlvr", "--arm", "ntp"])
+    assert alone.code == 0, alone.err[-3000:]
 
 
 SHORT = {"steps": 2, "eval_interval": 0, "kl_coefficient": 0.05, "correction": "decoupled", "aggregation": "constant"}

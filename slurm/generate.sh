@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Rationale generation: the elements of an array share the shards; each restarts alone.
 #
-#   sbatch --array=0-15 --nodes=1 --gpus-per-node=8 slurm/generate.sh RUN_DIR --arm ra3 --round 1
+#   sbatch --array=0-15 --nodes=1 --gpus-per-node=8 --ntasks-per-node=8 slurm/generate.sh RUN_DIR --arm ra3 --round 1
 #   sbatch slurm/convert.sh RUN_DIR --stage generate --arm ra3 --round 1 --join      when all elements are done
 #
 # Nodes, GPUs, time, account and partition come from sbatch's options and SBATCH_* variables; see docs/slurm.md.

@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --time=08:00:00 slurm/midtrain.sh configs/qwen2.5-1.5b.yaml
 #       submits a job per stage, each shaped like this one, and ends
-#   sbatch --nodes=4 --gpus-per-node=8 slurm/midtrain.sh RUN_DIR --stage sft --arm ra3 --round 1
+#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 slurm/midtrain.sh RUN_DIR --stage sft --arm ra3 --round 1
 #       one stage here; it is saved, requeued and resumed until it is done
 #
 # Nodes, GPUs, time, account and partition come from sbatch's options and SBATCH_* variables; see docs/slurm.md.

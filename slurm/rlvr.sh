@@ -2,7 +2,7 @@
 # Reinforcement learning: the E-step (--stage variational) or RLVR (--stage rlvr, when nothing is said).
 # Generation and training share all processes (colocated).
 #
-#   sbatch --nodes=4 --gpus-per-node=8 slurm/rlvr.sh RUN_DIR --stage variational --arm ra3 --round 1
+#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 slurm/rlvr.sh RUN_DIR --stage variational --arm ra3 --round 1
 #
 # Nodes, GPUs, time, account and partition come from sbatch's options and SBATCH_* variables; see docs/slurm.md.
 #SBATCH --job-name=ra3-rlvr

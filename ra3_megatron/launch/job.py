@@ -109,6 +109,7 @@ class Job:
         needed = 1 if self._alone else len(allocated) - self.v.spares
         if needed < 1:
             raise UserError(f"RA3_SPARES = {self.v.spares} of {len(allocated)} nodes; leave at least one to work")
+        self._refuse_too_few_cores()
         choice = self._choose(allocated, needed, attempt)
         self.record.add(STARTED, job=self.id, restart=self.restart, progress=self.work.progress(),
                         nodes=list(choice.chosen))  # fmt: skip
@@ -117,6 +118,14 @@ class Job:
         for node, why in choice.bad.items():
             say(f"{node} stays out: {why}")
         return self._conclude(self._start(choice.chosen, attempt), attempt)
+
+    def _refuse_too_few_cores(self) -> None:
+        processes, cores = 1 if self._alone else self._processes(), int(self.env.get("SLURM_CPUS_ON_NODE", "0"))
+        if 0 < cores < processes and choose_launcher(self.v) == "srun":
+            raise UserError(
+                f"the job has {cores} cores on a node for {processes} processes; submit it with --ntasks-per-node="
+                f"{processes} (and --cpus-per-task), or --exclusive"
+            )
 
     @property
     def _alone(self) -> bool:

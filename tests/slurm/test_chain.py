@@ -87,7 +87,7 @@ def test_dry_run_tells_every_command(runs, tmp_path):
     run = runs.hollow(tmp_path, **CHAIN)
     done = run.ra3("launch", str(run.config), "--nodes", "3", "--spares", "1", "--array", "5", "--dry-run")
     assert done.returncode == 2
-    assert "global_batch_size" in done.stderr, "24 processes do not divide the batch"
+    assert "variational.snippets_per_step (4) is not a multiple of the 24 replicas" in done.stderr
     shape = ["--nodes", "2", "--processes-per-node", "2", "--spares", "1", "--array", "5"]
     done = run.ra3("launch", str(run.config), *shape, "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,11 @@ def test_from_a_wrong_folder(runs, tmp_path):
     assert len(log.read_text().splitlines()) == 1
     # With whole paths it is no wrong folder at all.
     shape = ["--nodes=2", "--gpus-per-node=8", f"--output={log}"]
-    right = sbatch(run, *shape, MIDTRAIN, str(run.config), "--stage", "ntp", cwd=elsewhere)
+    rest = [MIDTRAIN, str(run.config), "--stage", "ntp"]
+    narrow = sbatch(run, *shape, *rest, cwd=elsewhere)
+    run.wait_for_end(narrow, "FAILED")
+    assert "the job has 1 cores on a node for 8 processes; submit it with --ntasks-per-node=8" in log.read_text()
+    right = sbatch(run, *shape, "--ntasks-per-node=8", *rest, cwd=elsewhere)
     run.wait_for_end(right)
     assert run.done()
 

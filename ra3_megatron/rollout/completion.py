@@ -8,6 +8,7 @@ rounding of the logits).
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -90,26 +91,24 @@ def complete(
     padding of the embedding, never do. A row has `engine.max_tokens` tokens: a completion ends with "length" where that
     is reached before `max_tokens`, and a prompt that leaves no room for one token is refused with a UserError, before
     anything is computed. The random numbers are a function of (`seed`, `Prompt.number`, `Prompt.member`) and the
-    position. `on_done` is called for each completion as it ends, on every process of the model replica.
+    position. `on_done` is called for each completion as it ends, on every process of the model replica; when it raises,
+    the engine's rows are closed.
     """
     _check(engine, prompts, settings, tokenizer)
-    query = _QueryMaker(engine.token_set(_drawable(tokenizer)), settings)
+    ask = partial(Query, 0, engine.token_set(_drawable(tokenizer)), top_p=settings.top_p if settings.temperature else 0)
     desk = _Desk(engine, prompts, settings, tokenizer, seed)
     finished: list[Completion | None] = [None] * len(prompts)
-    while desk.writers or desk.waiting:
-        desk.admit()
-        extends = [Extend(w.row, (), (query(w.uniform),), append=True) for w in desk.writers]
-        going_on = []
-        for writer, answer in zip(desk.writers, engine.step(extends, settings.temperature or 1.0), strict=True):
-            completion = writer.absorb(answer)
-            if completion is None:
-                going_on.append(writer)
-                continue
-            engine.close(writer.row)
-            finished[writer.number] = completion
-            if on_done is not None:
-                on_done(completion)
-        desk.writers = going_on
+    try:
+        while desk.writers or desk.waiting:
+            desk.admit()
+            extends = [Extend(w.row, (), (ask(w.uniform),), append=True) for w in desk.writers]
+            answers = engine.step(extends, settings.temperature or 1.0)
+            for number, completion in desk.absorb(answers):
+                finished[number] = completion
+                if on_done is not None:
+                    on_done(completion)
+    finally:
+        desk.close()
     return [c for c in finished if c is not None]
 
 
@@ -152,6 +151,25 @@ class _Desk:
             self.writers.append(self._writer(number, row, text, prompt))
         self.waiting.extendleft(reversed(later))
 
+    def absorb(self, answers: Sequence[Answer]) -> list[tuple[int, Completion]]:
+        """Go on with the answers to all writers; (place in the call, completion) of those that ended and left."""
+        ended, going_on = [], []
+        for writer, answer in zip(self.writers, answers, strict=True):
+            completion = writer.absorb(answer)
+            if completion is None:
+                going_on.append(writer)
+            else:
+                self._engine.close(writer.row)
+                ended.append((writer.number, completion))
+        self.writers = going_on
+        return ended
+
+    def close(self) -> None:
+        """Close the rows that are still open."""
+        for writer in self.writers:
+            self._engine.close(writer.row)
+        self.writers = []
+
     def _writer(self, number: int, row: int, text: bytes, prompt: Prompt) -> "Writer":
         room = min(self._settings.max_tokens, self._engine.max_tokens - len(prompt.ids))
         uniforms = np.random.default_rng([self._seed, prompt.number, prompt.member]).random(room)
@@ -181,17 +199,6 @@ def _drawable(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([i for i, text in enumerate(tokenizer.token_bytes) if text or i in special], dtype=np.int64)
 
 
-class _QueryMaker:
-    """The question every row asks: what follows."""
-
-    def __init__(self, everything: int, settings: CompletionSettings) -> None:
-        self._everything = everything
-        self._top_p = settings.top_p if settings.temperature else 0.0
-
-    def __call__(self, uniform: float) -> Query:
-        return Query(0, self._everything, uniform, self._top_p)
-
-
 class Writer:
     """One completion on its way in a `row`: takes drawn tokens and says when it ends.
 
@@ -214,6 +221,7 @@ class Writer:
         self._prompt, self._settings, self._version = prompt, settings, version
         self._uniforms: list[float] = uniforms.tolist()
         self._token_bytes = token_bytes
+        self._stop_ids = frozenset(settings.stop_ids)
         self._stops = tuple(text.encode() for text in settings.stop)
         self._longest = max(map(len, self._stops), default=1)
         self._ids: list[int] = []
@@ -231,7 +239,7 @@ class Writer:
         token = int(answer.drawn[0])
         self._ids.append(token)
         self._log_probs.append(float(answer.drawn_log_probs[0]))
-        if token in self._settings.stop_ids:
+        if token in self._stop_ids:
             return self._ended("stop_id", self._bytes)
         before = self._bytes - len(self._tail)
         window = self._tail + self._token_bytes[token]

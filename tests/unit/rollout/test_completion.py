@@ -225,6 +225,9 @@ def test_room_and_refusals(qwen, parallel):
         complete(engine, prompts, CompletionSettings(8, stop_ids=(300,)), tokenizer(), 0)
     assert engine.counters.tokens == before
     assert complete(engine, [], CompletionSettings(8), tokenizer(), 0) == []
+    with pytest.raises(ZeroDivisionError):
+        complete(engine, prompts, CompletionSettings(8), tokenizer(), 0, on_done=lambda _: 1 / 0)
+    engine.weights_version = 1  # refused while rows are open
     for bad in ({"stop": ("",)}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0}, {"max_tokens": 0}):
         with pytest.raises(UserError, match=next(iter(bad))):
             CompletionSettings(**({"max_tokens": 4} | bad))

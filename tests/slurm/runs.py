@@ -69,10 +69,8 @@ class Run:
 
     def launch(self, *options: str, target: Path | None = None) -> dict[str, str]:
         """`ra3 launch` on two nodes, unless `options` say otherwise; returns the number of every job submitted."""
-        shape = [] if options and options[0] == "--same" else ["--nodes", "2", "--processes-per-node", "1",
-                                                               "--grace-s", "60", "--time", "10"]  # fmt: skip
-        more = [option for option in options if option != "--same"]
-        done = self.ra3("launch", str(target or self.config), *shape, *more)
+        shape = ["--nodes", "2", "--processes-per-node", "1", "--grace-s", "60", "--time", "10"]
+        done = self.ra3("launch", str(target or self.config), *shape, *options)
         assert done.returncode == 0, done.stdout + done.stderr
         return dict(re.findall(r"^(\S+): submitted (\S+)", done.stdout, re.MULTILINE))
 

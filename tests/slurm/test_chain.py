@@ -153,7 +153,7 @@ def test_missing_log_folder(runs, tmp_path):
     run.wait_for_end(jobs[STAGE], "FAILED")
     told = run.cluster.output(["slurm/status.sh", str(run.run)], env=run.env)
     assert re.search(rf"{STAGE}\s+not queued", told)
-    (again,) = run.launch("--same", target=run.run).values()
+    (again,) = run.launch(target=run.run).values()
     run.wait_for_end(again)
     assert run.done()
 

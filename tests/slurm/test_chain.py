@@ -164,7 +164,7 @@ def test_container_flags_arrive(cluster, runs, tmp_path):
         pytest.skip("no compiler or no slurm/spank.h: the stand-in for pyxis was not built")
     run = runs.hollow(tmp_path, PREPARE)
     worker = tmp_path / "worker"
-    find = f"{sys.executable} -c 'import ra3_megatron; print(ra3_megatron.__file__)' > {tmp_path}/code"
+    find = f"{sys.executable} -c 'import ra3_megatron; print(ra3_megatron.__file__)' > {tmp_path}/found"
     worker.write_text(f'#!/bin/bash\nenv | grep ^FAKE_PYXIS_ > {tmp_path}/seen\n{find}\nexec {LIGHT_WORKER} "$@"\n')
     worker.chmod(0o755)
     run.env |= {
@@ -182,7 +182,7 @@ def test_container_flags_arrive(cluster, runs, tmp_path):
     assert "/data:/data" in mounts
     assert seen["FAKE_PYXIS_WORKDIR"] == str(ROOT)
     # Submitted from the checkout: its own package must not come before the snapshot's.
-    assert (tmp_path / "code").read_text().startswith(f"{run.run}/launch/code/")
+    assert (tmp_path / "found").read_text().startswith(f"{run.run}/launch/code/")
 
 
 def test_copies_where_requeue_is_forbidden(runs, tmp_path):

@@ -20,7 +20,7 @@ from ra3_megatron.config.evaluation import EvaluationConfig
 from ra3_megatron.config.files import atomic_write_text
 from ra3_megatron.evaluation.asking import Asker
 from ra3_megatron.evaluation.benchmarks.registry import Source, load_tasks
-from ra3_megatron.evaluation.benchmarks.task import TaskSet
+from ra3_megatron.evaluation.benchmarks.task import TaskSet, digest_of
 from ra3_megatron.evaluation.journal import Journal, read_journals
 from ra3_megatron.evaluation.results import (
     CONTAMINATION,
@@ -34,7 +34,7 @@ from ra3_megatron.evaluation.results import (
     sample_lines,
 )
 from ra3_megatron.evaluation.sheets import Ask, Sheet
-from ra3_megatron.evaluation.verdicts import Verdicts
+from ra3_megatron.evaluation.verdicts import Verdicts, limits_of
 from ra3_megatron.model.factory import build_model
 from ra3_megatron.parallel.collectives import raise_everywhere
 from ra3_megatron.parallel.groups import seed_everything
@@ -66,8 +66,11 @@ def run_evaluate(context: Context, stage: StageFolder, inputs: EvaluateInputs) -
     Writes `results.json`, `failures.json` and, per model, `samples_<benchmark>.jsonl` in the form that EvalPlus and
     human-eval read. Result: `results` (its place), `pass_at_1` by model and benchmark, `problems`, `seconds`. Raises
     UserError for missing or malformed data before a model is loaded.
+
+    A stage that is done with other settings or other weights is done again, from the answers that still hold.
     """
-    if stage.done:
+    key = _key(context, inputs)
+    if context.on_main("state of the evaluation", lambda: stage.done and stage.result().get("key") == key):
         return context.on_main(f"result of {stage.path.name}", stage.result)
     start = time.monotonic()
     context.on_main("log folder", lambda: new_attempt(stage) and None)
@@ -75,7 +78,16 @@ def run_evaluate(context: Context, stage: StageFolder, inputs: EvaluateInputs) -
     job = _Job(context, stage, inputs)
     for name in inputs.models:
         job.answer(name)
-    return context.on_main("end of the evaluation", lambda: job.finish(time.monotonic() - start))
+    return context.on_main("end of the evaluation", lambda: job.finish(time.monotonic() - start, key))
+
+
+def _key(context: Context, inputs: EvaluateInputs) -> str:
+    """Names what the results depend on, data apart."""
+    limits = limits_of(context.config.judge)
+    models = {name: read_done(path)["parameters_sha256"] for name, path in inputs.models.items()}
+    others = json.dumps(inputs.against, sort_keys=True)
+    body = [context.config.fingerprint("evaluation"), repr(limits), context.config.model.precision, models]
+    return digest_of([json.dumps(body), others])
 
 
 def load_benchmark(name: str, context: Context, settings: EvaluationConfig) -> TaskSet:
@@ -184,7 +196,7 @@ class _Job:
 
     # ---------------------------------------------------------------- the end
 
-    def finish(self, seconds: float) -> dict[str, Any]:
+    def finish(self, seconds: float, key: str) -> dict[str, Any]:
         """Figures of all models from what was recorded; on one process."""
         answers, verdicts = read_journals(self.records, "answers"), read_journals(self.records, "verdicts")
         models: dict[str, Any] = {**self.inputs.against}
@@ -207,7 +219,8 @@ class _Job:
         atomic_write_text(self.stage.path / FAILURES_FILE, json.dumps(failed, allow_nan=False))
         self.context.say(results_table(content))
         problems = {b: len(tasks.tasks) for b, tasks in self.sets.items()}
-        self.stage.finish({"results": RESULTS_FILE, "pass_at_1": rates, "problems": problems, "seconds": seconds})
+        result = {"results": RESULTS_FILE, "pass_at_1": rates, "problems": problems, "seconds": seconds, "key": key}
+        self.stage.finish(result)
         return self.stage.result()
 
     def _write_samples(self, name: str, tasks: TaskSet, answers: Sequence[Answer]) -> None:

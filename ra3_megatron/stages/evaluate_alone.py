@@ -79,7 +79,7 @@ def run_alone(
         context = replace(first, architecture=architecture, layout=_layout(config, launch.world, architecture))
         results = _read_results(other.path, other.name) if other is not None and other.kind == "results" else {}
         stage = StageFolder(folder)
-        context.on_main("settings of the evaluation", lambda: _claim(context, stage))
+        context.on_main("settings of the evaluation", lambda: config.save(folder / "config.yaml"))
         run_evaluate(context, stage, EvaluateInputs(paths, results))
         page = context.on_main("report", lambda: write_evaluation_page(folder, folder / PAGE_FILE, _redacted(config)))
         context.say(f"  results  {folder / RESULTS_FILE}\n  report   {page}")
@@ -91,15 +91,6 @@ def _redacted(config: RunConfig) -> dict[str, Any]:
 
     content = redact(yaml.safe_load(config.to_yaml()))
     return {name: content[name] for name in ("model", "evaluation", "judge", "parallel")}
-
-
-def _claim(context: Context, stage: StageFolder) -> None:
-    """Begin anew where the settings or the models changed since a finished evaluation; its records stay."""
-    saved = stage.path / "config.yaml"
-    text = context.config.to_yaml()
-    if stage.done and (not saved.is_file() or saved.read_text(encoding="utf-8") != text):
-        (stage.path / "DONE").unlink()
-    context.config.save(saved)
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -137,12 +128,11 @@ def _of_run(path: Path) -> Path:
     """The checkpoint of the last finished training stage of a run's first arm."""
     config = load_config(path / "config.yaml")
     arm = config.run.arms[0] if config.run.arms else ""
-    found = []
+    found: list[str] = []
     for done in sorted(path.glob("[0-9]*-*/DONE")):
         kind = done.parent.name.split("-", 1)[1]
         if any(kind == t or f"-{t}-" in f"-{kind}-" for t in _TRAINED) and (not arm or arm in kind or kind == "base"):
-            found.append(StageFolder(done.parent).result().get("checkpoint"))
-    found = [f for f in found if f]
+            found.append(StageFolder(done.parent).result()["checkpoint"])
     if not found:
         raise UserError(f"the run {path} has no finished training stage; finish it, or name a checkpoint folder")
     return path / found[-1]

@@ -39,8 +39,10 @@ FREE_TO_CHANGE = (
     "judge.secret_file",
     "judge.max_pending",
     "judge.jobs_per_sandbox",
+    "evaluation.",
 )
-"""Fields that may differ between resumes: they change neither the data order nor, beyond rounding, the result."""
+"""Fields that may differ between resumes: they change neither the data order nor, beyond rounding, the result; those of
+`evaluation` change the last stage alone, which sees to it itself."""
 
 LOCK_PATIENCE_S = 10.0
 """How long a job waits for the one before it to be gone, seconds."""

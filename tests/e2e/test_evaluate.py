@@ -102,6 +102,20 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(
     assert after.read_bytes().startswith(whole_lines), "answers that were there were made again"
 
 
+def test_other_settings_reuse_what_still_holds(
+    whole: Path, base: Path, data: Path, server: ForkServer, tmp_path: Path
+) -> None:
+    """A finished evaluation kept its results although the settings had changed; or drew every answer anew."""
+    out = tmp_path / "out"
+    for more in (["--limit", "2"], []):
+        (ended,) = server.cli(arguments(base, data, out, *more))
+        assert ended.code == 0, ended.err[-3000:]
+    assert "evaluating run: 17 of 27 answers are to be made" in ended.out
+    assert results(out)["models"] == results(whole)["models"]
+    (again,) = server.cli(arguments(base, data, out))
+    assert "answers are to be made" not in again.out
+
+
 @pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",), ("parallel.pipeline=2",)])
 def test_two_processes_give_what_one_gives(
     layout: tuple[str, ...], whole: Path, base: Path, data: Path, server: ForkServer, tmp_path: Path

@@ -1,7 +1,5 @@
 """Groups 8 and 9: what a program earns for half a solution, and right programs of every style."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from ra3_megatron.config.judge import JudgeConfig
@@ -23,13 +21,6 @@ from tests.unit.reward.battery import all_cases
 from tests.unit.reward.canaries import Canaries
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
-    """One judge for the module."""
-    with Judge(JudgeConfig(workers=2)) as running:
-        yield running
 
 
 def one(judge: Judge, program: str, tests: Tests, all_tests: bool = False) -> Verdict:

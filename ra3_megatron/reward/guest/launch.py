@@ -220,7 +220,7 @@ def main(config: dict[str, Any]) -> NoReturn:
     if mode == "none":
         signal.signal(signal.SIGTERM, lambda *_: _end(link))
     jail.enter(walls, trusted_uid, folders[1])
-    judge = referee.Referee(supervise.Link(link), walls, folders[1])
+    judge = referee.Referee(supervise.Link(link, _SOCKET_FD), walls, folders[1])
     hello = {
         "namespaces": mode,
         "landlock": walls.landlock,

@@ -64,10 +64,11 @@ class Meter:
 
 
 class Link:
-    """The line to the fork server."""
+    """The line to the fork server; `host` is the descriptor of the line to the pool."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, host: int) -> None:
         self.sock = sock
+        self.host = host
 
     def _hear(self, timeout: float) -> dict[str, Any]:
         self.sock.settimeout(timeout)
@@ -138,10 +139,14 @@ class Watch:
             Ended: a limit was reached, or the program has ended and nothing is or will be ready.
         """
         link = self._link.sock.fileno()
+        poll.register(self._link.host, 0)  # its end only
         if self.exit is None:
             poll.register(link, select.POLLIN)
         while True:
             ready = [fd for fd, _ in poll.poll(1000 * self._timeout())]
+            if self._link.host in ready:
+                # The signal that a parent's death sends may be forbidden: another user, no right to signal it.
+                os._exit(1)
             if link in ready:
                 ready.remove(link)
                 poll.unregister(link)

@@ -1,5 +1,6 @@
 """One sandbox seen from the trainer: a trusted process in an empty environment, with its fork server inside."""
 
+import contextlib
 import json
 import logging
 import os
@@ -148,6 +149,8 @@ class Sandbox:
 
     def stop(self) -> None:
         """Kill everything in the sandbox; safe from another thread while one waits for an answer."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # the trusted process ends by itself when it sees this
         if self._process.poll() is not None:
             return
         # Not killed at once: its child would be left to whoever adopts orphans, and in a container that may be nobody.

@@ -177,7 +177,8 @@ def test_memory_and_files_are_limited(judge: Judge) -> None:
     for program in (
         "with open('big', 'wb') as f:\n    for _ in range(64): f.write(bytes(1 << 20))",
         "files = [open('/dev/null') for _ in range(1000)]",
-        "import threading, time\nfor _ in range(5000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+        "import threading, time\nfor _ in range(5000):\n"
+        "    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
     ):
         verdict = judge.judge([Submission("", InProcessTests(program, wall_s=30), Limits(cpu_s=8, wall_s=30))])[0]
         assert verdict.outcome in ("exception", "crashed", "memory"), verdict
@@ -199,7 +200,7 @@ def test_expected_values_are_not_in_the_programs_memory(judge: Judge) -> None:
         "import gc\ndef f(x):\n    seen = []\n"
         "    for o in gc.get_objects():\n"
         "        for part in (o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()):\n"
-        "            if isinstance(part, (str, bytes)) and len(part) == 23 and part[:4] in ('NEED', b'NEED'): seen.append(part)\n"
+        "            if isinstance(part, (str, bytes)) and part[:4] in ('NEED', b'NEED'): seen.append(part)\n"
         "    return seen[0] if seen else None"
     )
     for text in (program, finder):

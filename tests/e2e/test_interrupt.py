@@ -46,3 +46,13 @@ def test_the_stop_file_is_another_exit_code(server, tmp_path):
     assert ended.code == control.EXIT_STOPPED, ended.err[-2000:]
     assert "stop file" in ended.out
     assert list((tmp_path / "run").glob("01-ntp/checkpoints/step_*/DONE")), "it saved before it left"
+
+
+def test_two_nodes_with_a_process_each(server, tmp_path):
+    """The number of processes on a node was given to Megatron as that of all: no group had both."""
+    config = str(write_config(tmp_path, train={"steps": 3, "eval_interval": 0}, export={"enabled": False}))
+    node = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    ended = server.cli(["midtrain", config], world=2, timeout=150, variables=node)
+    assert [e.code for e in ended] == [0, 0], "\n".join(e.err[-2000:] for e in ended)
+    states = [json.loads(p.read_text()) for p in (tmp_path / "run").glob("01-ntp/checkpoints/*/state.json")]
+    assert [state["layout"]["data"] for state in states] == [2]

@@ -1,7 +1,7 @@
 """Start of a sandbox's trusted process: `python -S -s -P -B -c "..." CONFIG`, in an environment without secrets.
 
 CONFIG is JSON: `fd` (socket to the pool), `namespaces` (`own`, `bubblewrap`, `none`), `uid` (of programs; null = the
-same), `folder` (for work folders), `site` (folder with numpy, or null).
+same), `folder` (for work folders), `readable` (what programs may read), `site` (folder with numpy, or null).
 """
 
 import _sitebuiltins
@@ -13,7 +13,6 @@ import resource
 import signal
 import socket
 import sys
-import sysconfig
 from typing import Any, NoReturn
 
 from . import jail, kernel, referee, supervise, zygote
@@ -28,7 +27,6 @@ PRELOADED = tuple(
 """Imported once here, so that no program pays for them. Not threading and random: they have work done after every
 fork, which costs more than all the rest of it."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/dev/full")
-LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 TMPFS = "size=64m,nr_inodes=4096,mode=0711"
 WORK = "/box"
 """Folder of the work folders in a root of our own."""
@@ -37,16 +35,6 @@ TRUSTED_UID_OFFSET = 1000
 
 
 _SOCKET_FD = 3
-
-
-def library_paths(site: str | None) -> list[str]:
-    """What a program must be able to read: Python's library, shared libraries, numpy if asked for."""
-    base = {"installed_base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment's
-    own = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
-    prefix_lib = os.path.join(sys.base_prefix, "lib")
-    shared = [os.path.join(prefix_lib, name) for name in sorted(os.listdir(prefix_lib)) if name.startswith("libpython")]
-    numpy = [os.path.join(site, name) for name in ("numpy", "numpy.libs")] if site else []
-    return [p for p in (*sorted(own), *shared, *LIBRARIES, *numpy) if os.path.exists(p)]
 
 
 def make_root(paths: list[str]) -> None:
@@ -198,7 +186,7 @@ def main(config: dict[str, Any]) -> NoReturn:
     os.umask(0o077)
     _preload(config["site"])
     mode, uid, folder = config["namespaces"], config["uid"], config["folder"]
-    paths = library_paths(config["site"])
+    paths = config["readable"]
     missing = []
     if mode == "own":
         enter_namespaces()

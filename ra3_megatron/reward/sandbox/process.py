@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 STOP_S = 5.0
 """Wall seconds within which a sandbox must have ended what is in it; after them it is killed."""
+_UIDS_PER_TRAINER = 64
+"""User ids between those of the trainers of one machine: threads are counted per user id."""
 START_S = 60.0
 """Wall seconds within which a sandbox must have started."""
 _GUEST = Path(guest.__file__).parent
@@ -39,6 +42,7 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 """All that a sandbox, and so a program, finds in its environment."""
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 _ANSWER_LIMIT = 1 << 20
 
 
@@ -57,6 +61,16 @@ def numpy_folder() -> str | None:
 
     spec = find_spec("numpy")
     return None if spec is None or spec.origin is None else str(Path(spec.origin).parents[1])
+
+
+def library_paths(site: str | None) -> list[str]:
+    """What a program must be able to read: Python's library, shared libraries, numpy if asked for."""
+    base = {"installed_base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment's
+    own = {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
+    prefix_lib = os.path.join(sys.base_prefix, "lib")
+    shared = [os.path.join(prefix_lib, name) for name in sorted(os.listdir(prefix_lib)) if name.startswith("libpython")]
+    numpy = [os.path.join(site, name) for name in ("numpy", "numpy.libs")] if site else []
+    return [p for p in (*sorted(own), *shared, *LIBRARIES, *numpy) if os.path.exists(p)]
 
 
 class Sandbox:
@@ -81,8 +95,9 @@ class Sandbox:
             settings = {
                 "fd": theirs.fileno(),
                 "namespaces": namespaces,
-                "uid": config.uid + number,
+                "uid": config.uid + number + _UIDS_PER_TRAINER * int(os.environ.get("LOCAL_RANK", "0")),
                 "folder": folder,
+                "readable": library_paths(site),
                 "site": site,
             }
             command = [interpreter(), "-S", "-s", "-P", "-B", "-c", _START, json.dumps(settings)]
@@ -208,7 +223,7 @@ def bubblewrap(site: str | None) -> list[str]:
             command += ["--cap-add", f"CAP_{capability}"]
     else:
         command += ["--unshare-user"]
-    paths = [*launch.library_paths(site), interpreter(), str(_GUEST)]
+    paths = [*library_paths(site), interpreter(), str(_GUEST)]
     # bubblewrap would give the folders above them the modes they have here, and /root may be closed to others.
     above = {str(folder) for path in (*paths, *launch.devices()) for folder in Path(path).parents}
     for folder in sorted(above - {"/"}):

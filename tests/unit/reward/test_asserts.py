@@ -186,8 +186,10 @@ def test_after_the_end_nothing_passes(judge: Judge) -> None:
 
 def test_first_failure_ends_unless_all_are_wanted(judge: Judge) -> None:
     """The pass fraction stopped at the first failure, or a crash took the remaining tests with it."""
-    program = "import os\ndef f(x):\n    if x == 1: return 0\n    if x == 3: os._exit(0)\n"
+    program = (
+        "import os\ndef f(x):\n    if x == 1: return 0\n    if x == 3: os._exit(0)\n"
         "    if x == 4: raise ValueError\n    return x"
+    )
     tests = [f"assert f({i}) == {i}" for i in range(6)]
     first = verdict(judge, program, *tests)
     assert (first.outcome, first.passed, first.total) == (Outcome.WRONG, 1, 6)

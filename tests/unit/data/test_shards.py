@@ -100,6 +100,24 @@ def test_damaged_and_foreign_shards_are_made_again(damage: str, tmp_path: Path, 
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_shards_of_other_jobs_are_left_alone(tmp_path: Path, bpe: Tokenizer) -> None:
+    """An element of an array that started late deleted what the others had made, and were just writing."""
+    trajectories, think_tokens = made(bpe)
+    folder, shards = ShardFolder(tmp_path, "key"), [Shard(i, "train", 3 * i, 3 * i + 3) for i in range(2)]
+    for shard in shards:
+        folder.write(shard, content(trajectories, think_tokens, shard.start))
+    writing, leftover = tmp_path / ".shard-000001.npz.7.tmp", tmp_path / ".shard-000000.npz.7.tmp"
+    writing.touch()
+    leftover.touch()
+    assert folder.finished(shards[:1], alone=False) == [0]
+    assert writing.exists()
+    assert not leftover.exists()
+    assert folder.finished(shards) == [0, 1]
+    assert not writing.exists()
+    assert folder.finished(shards[:1]) == [0]
+    assert folder.count() == 1, "alone, what is not asked for is a leftover"
+
+
 def test_licenses_are_read_along(tmp_path: Path) -> None:
     """Pieces of one document share a line; a document of the other part lies in between."""
     assert not LicenseReader(tmp_path).known

@@ -34,3 +34,18 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), RunFolder(tmp_path / "file" / "run").locked():
         pass
+
+
+def test_pieces_of_a_run_go_on_side_by_side(tmp_path, monkeypatch):
+    """Jobs of a chain that do not need one another, such as two arms, or the elements of an array, were kept out."""
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.2)
+    run = RunFolder(tmp_path)
+    with run.locked("05-ntp"):
+        with run.locked("03-ra3-generate-1-0"), run.locked("03-ra3-generate-1-1"):
+            pass
+        with pytest.raises(UserError, match="in use"), run.locked("05-ntp"):
+            pass
+        with pytest.raises(UserError, match="in use"), run.locked():
+            pass
+    with run.locked(), pytest.raises(UserError, match="in use"), run.locked("05-ntp"):
+        pass

@@ -1,12 +1,14 @@
 """Tokens per second of a whole GRPO step, against TRL's GRPOTrainer: generation, reward, loss, update.
 
-    python benchmarks/rlvr.py [--trl FOLDER] [--prompts 8] [--group 8] [--longest 64] [--tokens 64] [--steps 4]
+    python benchmarks/rlvr.py [--trl FOLDER] [--prompts 8] [--group 8] [--longest 64] [--tokens 64] [--ends 10]
 
 The same random weights in the quick start's shape, the same prompts, answers of at most --tokens tokens, the same
 reward (a function of the text, so that no judge is timed), DAPO's loss with clip-higher, AdamW, fp32, one thread, one
-process, in turn. The first step of each is left out: it warms caches. Tokens are those of prompts and answers. Seconds
-are processor seconds, so that others on the machine do not count. TRL is no dependency of this project; install it
-beside, and name the folder:
+process, in turn. Answers end where the model draws its end of text, whose row of the embedding is --ends times as long
+as drawn: at 10 answers are of all lengths, at 1 nearly all reach the limit. TRL waits for the longest answer of a batch
+and trains on rows padded to it; here rows are packed. The first step of each is left out: it warms caches. Tokens are
+those of prompts and answers, padding left out. Seconds are processor seconds, so that others on the machine do not
+count. TRL is no dependency of this project; install it beside, and name the folder:
 
     pip install --no-deps --target FOLDER trl==1.16.0 accelerate==1.15.0
 """
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=64, help="tokens of the longest prompt, about")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--ends", type=float, default=10.0, help="how readily answers end")
     options = parser.parse_args()
     if options.trl is not None:
         # Behind everything else, so that only what is missing here comes from there.
@@ -199,7 +202,10 @@ def main() -> None:
 
         torch.manual_seed(0)
         facts = shape.to_hf() | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts)).save_pretrained(folder / "hf")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts))
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer.eos_id] *= options.ends
+        model.save_pretrained(folder / "hf")
         import_hf(folder / "hf", folder / "checkpoint")
         tokenizer.save(folder / "tokenizer")
         for file in (folder / "tokenizer").iterdir():
@@ -210,7 +216,7 @@ def main() -> None:
     met = "met" if ratio >= TARGET else "MISSED"
     print(
         f"{shape.parameter_count / 1e6:.1f} M parameters, {options.prompts} prompts x {options.group} answers "
-        f"of at most {options.tokens} tokens, {options.steps} steps\n"
+        f"of at most {options.tokens} tokens, {options.steps} steps, ends x {options.ends:g}\n"
         f"ours {mine.tokens} tokens, {mine.rate:.0f} per second; TRL {theirs.tokens} tokens, {theirs.rate:.0f} per "
         f"second: {ratio:.2f}x (target {TARGET}: {met})"
     )

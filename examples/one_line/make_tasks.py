@@ -1,11 +1,11 @@
 """One-line tasks for RLVR, and a corpus whose answers to such tasks are only sometimes right.
 
-    python examples/one_line/make_tasks.py FOLDER [--right 0.2] [--seed 0]
+    python examples/one_line/make_tasks.py FOLDER [--right 0.12] [--seed 0]
 
 A task is a docstring and the head of a function; the answer is the expression that it returns, tested with hidden
-numbers. The corpus under FOLDER/code shows the form: the expression under a docstring is the right one now and then and
-otherwise that of another docstring. A base model trained on it writes expressions and seldom the right one; which is
-right it can only learn from the tests. FOLDER/tasks.jsonl has the tasks: names and numbers of every one are its own.
+numbers. The corpus under FOLDER/code shows the form, and the expressions in it are seldom right: most have a slip. A
+base model trained on it writes what it has seen, slips and all; that it should not, it can only learn from the tests.
+FOLDER/tasks.jsonl has the tasks.
 """
 
 import argparse
@@ -53,6 +53,10 @@ OPERATIONS = (
 )
 
 
+SLIPS = ("{e} + 1", "{e} - 1", "-({e})", "[{e}]", "not {e}")
+"""What is wrong with an expression {e} of the corpus that is not right."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """One task."""
@@ -83,10 +87,10 @@ def corpus(chance: random.Random, functions: int, right: float) -> str:
     parts = []
     for _ in range(functions):
         asked = ask(chance)
-        chosen = asked.operation
+        expression = asked.fill(asked.operation.expression)
         if chance.random() > right:
-            chosen = chance.choice([o for o in OPERATIONS if o is not asked.operation])
-        parts.append(f'"""\n{asked.problem}\n"""\n{asked.head} {asked.fill(chosen.expression)}\n')
+            expression = chance.choice(SLIPS).format(e=expression)
+        parts.append(f'"""\n{asked.problem}\n"""\n{asked.head} {expression}\n')
     return "\n".join(parts)
 
 
@@ -112,7 +116,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=600, help="files of the corpus")
     parser.add_argument("--functions", type=int, default=12, help="functions of a file")
     parser.add_argument("--tasks", type=int, default=640)
-    parser.add_argument("--right", type=float, default=0.2, help="share of the corpus's functions that are right")
+    parser.add_argument("--right", type=float, default=0.12, help="share of the corpus's functions that are right")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)

@@ -48,7 +48,8 @@ class Cluster:
         self.bin = folder / "bin"
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RA3_"))},
-            "VC_DIR": str(folder), "VC_NODES": str(nodes), "VC_GPUS": str(gpus), "VC_EXTRA_CONF": conf,
+            "VC_DIR": str(folder), "VC_OWNER": str(os.getpid()),
+            "VC_NODES": str(nodes), "VC_GPUS": str(gpus), "VC_EXTRA_CONF": conf,
             "VC_EXTRA_PARTS": partitions, "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
             "PATH": f"{self.bin}:{os.environ['PATH']}:/usr/sbin:/sbin", "OMP_NUM_THREADS": "1",
             # The login node has no slurmd; the fake nvidia-smi is found first on every node.

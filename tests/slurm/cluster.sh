@@ -10,6 +10,8 @@
 #   cluster.sh kill-slurmd NODE    kill only the daemon; what it has started lives on
 #   cluster.sh stop                stop by recorded process numbers and remove the folder
 #
+# With VC_OWNER, a process number, the cluster stops by itself when that process has ended.
+#
 # Every node is a set of namespaces (uts, mount, pid, net) on a bridge without uplink, so nothing leaves the machine and
 # each has its own host name, address, ports, process table and /dev/shm. Names are known only inside: a client started
 # outside by mistake fails instead of talking to a stranger.
@@ -176,12 +178,16 @@ cmd_start() {
     alive slurmctld || write_conf
     start_login; start_ctl
     local i; for i in $(seq "$N"); do start_node "$i"; done
+    # A test session that is killed must not leave a cluster behind.
+    [[ -z ${VC_OWNER:-} ]] || alive watchdog || spawn watchdog "$D/log/watchdog.log" bash -c \
+        "while kill -0 $VC_OWNER 2> /dev/null; do sleep 2; done; umount --lazy $D/small 2> /dev/null; VC_DIR=$D exec $(realpath "$0") stop"
     wait_idle
 }
 
 cmd_stop() {
     local f
     [[ -d $D/run ]] || return 0
+    [[ ! -e $D/run/watchdog.pid || "$(pid_of watchdog)" == "$$" ]] || stop_one watchdog TERM
     stop_one slurmctld TERM
     for f in "$D"/run/node.*.pid; do [[ ! -e $f ]] || { f=${f##*/}; stop_one "${f%.pid}" KILL; }; done
     stop_one munged TERM; stop_one login KILL
@@ -201,5 +207,5 @@ exec-on) shift; n=$1; shift; exec nsenter --target "$(cat "$D/run/$n.init")" --n
 poweroff) [[ -s $D/run/node.$2.pid ]] || die "no node $2"; stop_one "node.$2" KILL ;;
 poweron) start_node "$((10#${2#node}))" ;;
 kill-slurmd) nsenter --target "$(cat "$D/run/$2.init")" --pid --mount -- sh -c "kill -9 $(cat "$D/run/$2.slurmd")" ;;
-*) sed -n '2,17p' "$0" ;;
+*) sed -n '2,14p' "$0" ;;
 esac

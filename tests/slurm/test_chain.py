@@ -62,8 +62,8 @@ def test_whole_chain_from_one_sbatch(runs, tmp_path):
         assert run.result(name) == alone.result(name), name
     exported = [next(r.run.glob("*-export/hf/model.safetensors")).read_bytes() for r in (run, alone)]
     assert exported[0] == exported[1]
-    dossier = json.loads((run.stage("07-ntp") / "logs" / "latest" / "environment.json").read_text())
-    assert dossier["variables"]["SLURM_JOB_ID"] == jobs["07-ntp"]
+    dossier = json.loads((run.stage("06-ntp") / "logs" / "latest" / "environment.json").read_text())
+    assert dossier["variables"]["SLURM_JOB_ID"] == jobs["06-ntp"]
     assert dossier["variables"]["RA3_CODE_COMMIT"]
 
 

@@ -26,7 +26,7 @@ from ra3_megatron.reward.problem import (
 Kind = Literal["asserts", "calls", "stdin"]
 ALL: tuple[Kind, ...] = ("asserts", "calls", "stdin")
 FUNCTION: tuple[Kind, ...] = ("asserts", "calls")
-LIMITS = Limits(cpu_s=0.4, wall_s=20.0, memory_mb=512, output_bytes=1 << 16)
+LIMITS = Limits(cpu_s=0.4, wall_s=60.0, memory_mb=512, output_bytes=1 << 16)
 """For programs that should end by themselves: small, so that one that does not costs little."""
 
 ADD: dict[Kind, Tests] = {

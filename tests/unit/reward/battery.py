@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ra3_megatron.config.judge import JudgeConfig
+from ra3_megatron.config.judge import LEVELS, JudgeConfig
 from ra3_megatron.reward.judge import Judge
 from ra3_megatron.reward.problem import Verdict
 from tests.unit.reward.attacks import Case, control, expand
@@ -32,6 +32,8 @@ PR_SET_CHILD_SUBREAPER = 36
 CHEATS = EXITS + FORGED + PROTOCOL + STOLEN + PATCHED
 ATTACKS = (*CHEATS, *RESOURCES, *ESCAPES, *TRACES_LEFT, CONTROL_YES)
 DEADLINE_S = 1200.0
+TOO_WEAK = 3
+"""Exit code where programs can reach this machine, as its judge says itself."""
 SANDBOX_UID, NOBODY = JudgeConfig().uid, 65534
 
 
@@ -100,8 +102,11 @@ def record(case: Case, verdict: Verdict, after: Verdict | None) -> dict[str, Any
 
 def refuse_without_isolation(config: JudgeConfig, names: dict[str, str]) -> None:
     """Some attacks would end every process of this machine; a harmless one is tried first."""
-    probes = [case for case in expand(ESCAPES) if case.attack.name in ("write_outside", "system", "read_file")]
+    probes = [case for case in expand(ESCAPES) if case.attack.name in ("write_outside", "system")]
     with Judge(config) as judge:
+        if LEVELS.index(judge.level) < LEVELS.index("syscalls"):
+            print(f"this machine keeps programs in at level {judge.level} only; the attacks would harm it")
+            sys.exit(TOO_WEAK)
         if any(v.ok for v in judge.judge([case.submission(names) for case in probes])):
             raise RuntimeError("the judge does not keep programs in; the other attacks would harm this machine")
 

@@ -155,7 +155,8 @@ STYLES = {
     "thread": "import sys, threading\ndef main():\n    input()\n    for x in input().split(): print(x)\n"
     "threading.stack_size(32 << 20)\nsys.setrecursionlimit(10**6)\nt = threading.Thread(target=main); t.start()",
     "exit": "import sys\ninput()\nprint(input().replace(' ', '\\n'))\nsys.exit()",
-    "main guard": "def main():\n    input()\n    print(*input().split(), sep='\\n')\nif __name__ == '__main__':\n    main()",
+    "main guard": "def main():\n    input()\n    print(*input().split(), sep='\\n')\n"
+    "if __name__ == '__main__':\n    main()",
     "unbuffered": "import sys, io\nsys.stdin.readline()\nout = io.StringIO()\n"
     "print(*sys.stdin.readline().split(), sep='\\n', file=out)\nsys.stdout.write(out.getvalue()); sys.stdout.flush()",
     "fileinput": "import fileinput\nxs = list(fileinput.input())[1].split()\nprint('\\n'.join(xs))",

@@ -136,7 +136,7 @@ class RemoteBackend:
         weakest = min(self.servers, key=lambda s: LEVELS.index(s.level))
         return (
             f"the judge at {weakest.url} keeps programs in at level '{weakest.level}', and judge.minimum_level is "
-            f"'{self._config.minimum_level}'; give it what it lacks (ra3 doctor there says what), or lower the minimum"
+            f"'{self._config.minimum_level}'; give it what it lacks (its log says what), or lower the minimum"
         )
 
     # What users call.

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if "slurm" in item.path.parts and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="longer than a minute: make test-slurm runs it"))
+            item.add_marker(pytest.mark.skip(reason="long: make test-slurm runs it"))
 
 
 @pytest.fixture(scope="session")

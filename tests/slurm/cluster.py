@@ -38,9 +38,9 @@ def why_not() -> str:
 
 
 class Cluster:
-    """A running cluster, in a folder of its own; `conf` and `partitions` are further lines of slurm.conf."""
+    """A running cluster, in a folder of its own; `conf` and `partitions` are further lines of slurm.conf, `words` are of its own."""
 
-    def __init__(self, nodes: int = 4, gpus: int = 8, conf: str = "", partitions: str = "") -> None:
+    def __init__(self, nodes: int = 4, gpus: int = 8, conf: str = "", partitions: str = "", words: str = "") -> None:
         # Not pytest's folder: munge wants one that everybody may enter.
         folder = Path(tempfile.mkdtemp(prefix="virtual-slurm-"))
         folder.chmod(0o755)
@@ -50,7 +50,7 @@ class Cluster:
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RA3_"))},
             "VC_DIR": str(folder), "VC_OWNER": str(os.getpid()),
             "VC_NODES": str(nodes), "VC_GPUS": str(gpus), "VC_EXTRA_CONF": conf,
-            "VC_EXTRA_PARTS": partitions, "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
+            "VC_EXTRA_PARTS": partitions, "VC_GPU_PART": words, "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
             "PATH": f"{self.bin}:{os.environ['PATH']}:/usr/sbin:/sbin", "OMP_NUM_THREADS": "1",
             # The login node has no slurmd; the fake nvidia-smi is found first on every node.
         }  # fmt: skip
@@ -148,9 +148,11 @@ class Cluster:
 
     def wait_for_state(self, job: str, states: str, seconds: float = 400) -> str:
         """Until the job is in one of `states` (as a regular expression); returns it."""
-        end = time.monotonic() + seconds
+        end, final = time.monotonic() + seconds, None
         while not re.fullmatch(states, state := self.state(job)):
-            over = state in FINAL or time.monotonic() > end
+            # A job that is just being requeued passes through one of these.
+            final = (final or time.monotonic()) if state in FINAL else None
+            over = (final and time.monotonic() > final + 5) or time.monotonic() > end
             assert not over, f"job {job} is {state}, not {states}: {self.facts(job)}"
             time.sleep(0.1)
         return state

@@ -21,7 +21,7 @@ D=${VC_DIR:?folder of the cluster}
 N=${VC_NODES:-4}
 G=${VC_GPUS:-8}
 EXTRA_CONF=${VC_EXTRA_CONF:-}     # further lines of slurm.conf, before the nodes
-EXTRA_PARTS=${VC_EXTRA_PARTS:-}   # further partitions
+EXTRA_PARTS=${VC_EXTRA_PARTS:-}   # further partitions; VC_GPU_PART: further words of the default one
 KILLWAIT=${VC_KILLWAIT:-5}
 SUBNET=198.51.100                 # TEST-NET-2; exists only inside the namespaces
 export SLURM_CONF=$D/etc/slurm.conf
@@ -112,7 +112,7 @@ CONF
     for i in $(seq "$N"); do
         echo "NodeName=$(node "$i") Port=16818 CPUs=64 Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 $([[ $G == 0 ]] || echo "Gres=gpu:$G") State=UNKNOWN"
     done >> "$D/etc/slurm.conf"
-    echo "PartitionName=gpu Nodes=$nodes Default=YES MaxTime=INFINITE DefaultTime=60 State=UP
+    echo "PartitionName=gpu Nodes=$nodes Default=YES MaxTime=INFINITE DefaultTime=60 State=UP ${VC_GPU_PART:-}
 $EXTRA_PARTS" >> "$D/etc/slurm.conf"
 }
 

@@ -16,9 +16,7 @@ EVERYTHING = "RA3_SLURM_TESTS"
 """Variable: `all` runs the long tests too, as `make test-slurm` does."""
 
 PREEMPTION = "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\nSlurmctldParameters=preempt_send_user_signal"
-URGENT = (
-    "PartitionName=urgent Nodes=node[001-004] MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 GraceTime=30"
-)
+URGENT = "PartitionName=urgent Nodes=node[001-004] MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +33,7 @@ def cluster() -> Iterator[Cluster]:
     """Four nodes with eight GPUs each."""
     if reason := why_not():
         pytest.skip(reason)
-    with Cluster(conf=PREEMPTION, partitions=URGENT) as made:
+    with Cluster(conf=PREEMPTION, partitions=URGENT, words="GraceTime=30") as made:
         yield made
 
 

@@ -38,7 +38,10 @@ def why_not() -> str:
 
 
 class Cluster:
-    """A running cluster, in a folder of its own; `conf` and `partitions` are further lines of slurm.conf, `words` are of its own."""
+    """A running cluster in a folder of its own.
+
+    `conf` and `partitions` are further lines of slurm.conf, `words` further words of the default partition.
+    """
 
     def __init__(self, nodes: int = 4, gpus: int = 8, conf: str = "", partitions: str = "", words: str = "") -> None:
         # Not pytest's folder: munge wants one that everybody may enter.

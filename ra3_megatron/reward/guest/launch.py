@@ -166,7 +166,7 @@ def _preload(site: str | None) -> None:
     # What the site module, which is left out, adds to builtins.
     for name in ("exit", "quit"):
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
-    builtins.help = _sitebuiltins._Helper()  # type: ignore[assignment]
+    builtins.help = _sitebuiltins._Helper()
     if site is not None:
         sys.path.append(site)
         importlib.import_module("numpy")

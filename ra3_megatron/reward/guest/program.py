@@ -52,8 +52,8 @@ def start(order: dict[str, Any]) -> NoReturn:
     sys.argv[:] = ["main.py"]
     gc.enable()
     source = read_all(SOURCE_FD)
-    _open_standard_files()
     if order["mode"] == "script":
+        _open_standard_files()  # the others have nothing to read and nobody who listens
         _run(source, {}, None)
     if order["mode"] == "in_process":
         data, source = source[: order["data"]], source[order["data"] :]

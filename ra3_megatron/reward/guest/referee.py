@@ -16,7 +16,7 @@ from . import compare, jail, trusted, zygote
 from .channel import Channel, Closed
 from .remove import empty
 from .session import Session, Stop
-from .supervise import Broken, Ended, Link, Meter, Watch
+from .supervise import STRETCH, Broken, Ended, Link, Meter, Watch
 from .wire import dumps, loads
 
 TRUSTED_CPU_S = 10.0
@@ -82,7 +82,7 @@ class Referee:
     def probe(self) -> dict[str, Any]:
         """What a jailed process can still do."""
         ours, theirs = socket.socketpair()
-        job = {"cpu": 10.0, "wall": 60.0, "memory": 1024, "limit": 1 << 16}
+        job = {"cpu": 10.0, "wall": 60.0, "memory": 1024, "limit": 1 << 16, "stretch": True}
         with ours, theirs:
             watch = self._start("probe", job, b"", (self._null,) * 3, theirs)
             ours.setblocking(False)
@@ -113,7 +113,7 @@ class Referee:
             os.close(fd)
         if channel is not None:
             channel.close()
-        return Watch(self._link, pid, job["cpu"], job["wall"])
+        return Watch(self._link, pid, job["cpu"], job["wall"], STRETCH if job["stretch"] else 1.0)
 
     # Programs that answer calls
 

@@ -18,6 +18,11 @@ GRACE_S = 20.0
 _LONGEST_WAIT_S = 0.1
 """Wall seconds between looks at the clocks: several threads may use more processor time than wall time passes."""
 
+STRETCH = 5.0
+"""A wall limit that nobody has set may become this many times as long for a program that keeps using the processor."""
+_WORKING_S = 0.02
+"""Processor seconds within a tenth of the wall limit from which on a program counts as working."""
+
 
 class Broken(Exception):
     """The sandbox itself has failed; says nothing about the program."""
@@ -106,11 +111,12 @@ class Link:
 class Watch:
     """One running program: waiting for anything goes through here, so that its limits hold meanwhile."""
 
-    def __init__(self, link: Link, pid: int, cpu_s: float, wall_s: float) -> None:
+    def __init__(self, link: Link, pid: int, cpu_s: float, wall_s: float, stretch: float) -> None:
         self._link = link
+        self._stretch = stretch
         self.meters = [Meter(pid, cpu_s, "the program")]
         self._wall_s = wall_s
-        self._until = time.monotonic() + wall_s
+        self._begin(time.monotonic())
         self._reason: Ended | None = None
         self.exit: Exit | None = None
 
@@ -118,7 +124,21 @@ class Watch:
         """Limits count from now."""
         for meter in self.meters:
             meter.start()
-        self._until = time.monotonic() + self._wall_s
+        self._begin(time.monotonic())
+
+    def _begin(self, now: float) -> None:
+        self._until = now + self._wall_s
+        self._last = now + self._wall_s * self._stretch
+        self._seen = 0.0
+
+    def _starved(self, now: float) -> bool:
+        """Whether the wall limit was met by a process that works, on a machine so busy that it cannot; puts it off."""
+        used = sum(meter.used() for meter in self.meters)
+        if now >= self._last or used - self._seen < _WORKING_S:
+            return False
+        self._seen = used
+        self._until = min(self._last, now + self._wall_s / 10)
+        return True
 
     def wait(self, fd: int, writing: bool, stay: bool = False) -> None:
         """Return when `fd` is ready, its other end closed included; for `Channel`. `stay`: as for `ready`.
@@ -167,7 +187,8 @@ class Watch:
         for meter in self.meters:
             if meter.used() >= meter.limit:
                 self.stop("cpu_limit", f"{meter.what} used more than {meter.limit:g} processor seconds")
-        if time.monotonic() >= self._until:
+        now = time.monotonic()
+        if now >= self._until and not self._starved(now):
             self.stop("wall_limit", f"more than {self._wall_s:g} wall seconds with processor time left")
 
     def stop(self, outcome: str, message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.judge import JudgeConfig
+from ra3_megatron.reward.guest.supervise import STRETCH
 from ra3_megatron.reward.problem import (
     AssertTests,
     CallTests,
@@ -46,6 +47,7 @@ def as_job(submission: Submission) -> dict[str, Any]:
         "all_tests": submission.all_tests,
         "cpu": float(limits.cpu_s),
         "wall": float(wall_limit(limits)),
+        "stretch": limits.wall_s is None and not isinstance(tests, InProcessTests),
         "memory": limits.memory_mb,
         "limit": limits.output_bytes,
     }
@@ -164,7 +166,7 @@ class LocalPool:
         except Exception as error:  # noqa: BLE001 - bad data of one task must not end the worker
             return Verdict(Outcome.LOST, 0, total, f"not a submission: {error}"), sandbox, jobs
         limits = submission.limits
-        deadline = _SLACK_S + (total + 1) * (wall_limit(limits) + 2 * limits.cpu_s + 20)
+        deadline = _SLACK_S + (total + 1) * (STRETCH * wall_limit(limits) + 2 * limits.cpu_s + 20)
         problem = ""
         for _ in range(self._config.retries + 1):
             if self._closed.is_set():

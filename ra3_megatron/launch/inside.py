@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.run import load_config
+from ra3_megatron.config.run import RunConfig, load_config
 from ra3_megatron.launch import slurm
 from ra3_megatron.launch.command import launch
 from ra3_megatron.launch.folder import LaunchFolder
@@ -22,13 +22,10 @@ def inside_a_job(
             "this is the inside of a Slurm job; submit it: sbatch slurm/midtrain.sh CONFIG, or slurm/chain.sh"
         )
     if stage is None:
-        print(launch(target, overrides, _own_shape()), flush=True)
+        config = load_config(_config_of(target), overrides)
+        print(launch(target, overrides, _own_shape(config)), flush=True)
         return 0
-    path = target
-    if target.is_dir():
-        path = LaunchFolder(target.absolute()).config
-        if not path.exists():
-            path = target / "config.yaml"
+    path = _config_of(target)
     config = load_config(path, overrides)
     if overrides:
         # The processes read the same file: what was replaced on the command line has to be in it.
@@ -39,22 +36,30 @@ def inside_a_job(
     return run_job(config, path.absolute(), Wanted(stage, arm, round, join))
 
 
-def _own_shape() -> Settings:
-    """A chain whose jobs look like this one: as many nodes, GPUs and minutes."""
-    env, v = os.environ, job_variables()
-    facts = slurm.job_facts(env["SLURM_JOB_ID"])
+def _config_of(target: Path) -> Path:
+    """The configuration itself, or that of a run's folder: as it was launched, else as its first stage wrote it."""
+    if not target.is_dir():
+        return target
+    launched = LaunchFolder(target.absolute()).config
+    return launched if launched.exists() else target / "config.yaml"
+
+
+def _own_shape(config: RunConfig) -> Settings:
+    """A chain whose jobs look like this one: as many nodes, GPUs and minutes; arrays of single replicas."""
+    env, v, p = os.environ, job_variables(), config.parallel
+    limit = slurm.job_facts(env["SLURM_JOB_ID"]).get("TimeLimit", "")
     gpus = env.get("SLURM_GPUS_ON_NODE", "")
     nodes = int(env.get("SLURM_JOB_NUM_NODES", "1")) - v.spares
     if nodes < 1:
         raise UserError(f"RA3_SPARES = {v.spares} of {nodes + v.spares} nodes; leave at least one to work")
-    limit = facts.get("TimeLimit", "")
-    return Settings(
+    shape = Settings(
         nodes=nodes,
         gpus_per_node=int(gpus) if gpus.isdigit() else 0,
         processes_per_node=v.processes,
         spares=v.spares,
-        array=nodes,
         time="" if limit in ("", "UNLIMITED", "Partition_Limit") else limit,
         grace_s=int(v.grace_s),
         restart=v.restart,
     )
+    replica = -(-p.tensor * p.pipeline * p.context // shape.processes)
+    return replace(shape, array=max(1, nodes // replica), array_nodes=replica)

@@ -4,7 +4,6 @@ Exit codes: 0 the stage is DONE; 2 an error the user can cure; 86 stopped by the
 Slurm or the user; 85 wants to go on and could not be requeued (with RA3_RESTART=copies: the next copy does).
 """
 
-import contextlib
 import os
 import signal
 import time
@@ -282,9 +281,8 @@ class Job:
     def _wait_for_the_end(self) -> int:
         """A requeued job is killed by Slurm; one that leaves earlier by itself could be taken for failed."""
         end = time.monotonic() + KILL_PATIENCE_S
-        with contextlib.suppress(InterruptedError):
-            while time.monotonic() < end:
-                time.sleep(1.0)
+        while time.monotonic() < end:
+            time.sleep(1.0)
         return EXIT_GO_ON
 
 

@@ -77,7 +77,7 @@ def job_facts(job: str) -> dict[str, str]:
     """What the controller knows of a job: `EndTime`, `PreemptTime`, `Command`, and so on. Of an array: one element."""
     text = command(["scontrol", "show", "job", "--oneliner", job])
     # An array's last element has the array's own number, which prints all elements.
-    lines = [line for line in text.splitlines() if f"JobId={job} " in line] or text.splitlines()[:1]
+    lines = [line for line in text.splitlines() if line.startswith(f"JobId={job} ")] or text.splitlines()[:1]
     return dict(re.findall(r"(\S+?)=(\S*)", lines[0])) if lines else {}
 
 

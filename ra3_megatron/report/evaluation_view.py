@@ -112,8 +112,12 @@ def _each(models: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 def _percent(rate: Mapping[str, Any] | None) -> str:
     if rate is None or rate["value"] is None:
         return "–"
-    ends = [None if rate[end] is None else 100 * rate[end] for end in ("low", "high")]
-    return interval(100 * rate["value"], *ends, ".1f")
+    return _interval(rate["value"], rate, ".1f")
+
+
+def _interval(value: float, ends: Mapping[str, Any], form: str) -> str:
+    low, high = (None if ends[end] is None else 100 * ends[end] for end in ("low", "high"))
+    return interval(100 * value, low, high, form)
 
 
 def _table(models: Mapping[str, Any]) -> ArmsTable:
@@ -131,7 +135,7 @@ def _table(models: Mapping[str, Any]) -> ArmsTable:
 
 
 def _buckets(models: Mapping[str, Any]) -> ArmsTable | None:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"{benchmark}, {model}", bucket, _percent(rate))
         for model, benchmark, f in _each(models)
         for kind in ("ratings", "difficulties")
@@ -141,14 +145,13 @@ def _buckets(models: Mapping[str, Any]) -> ArmsTable | None:
 
 
 def _paired(paired: Mapping[str, Any]) -> ArmsTable | None:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for model, entries in paired.items():
         for benchmark, d in entries.items():
-            ends = [None if d[end] is None else 100 * d[end] for end in ("low", "high")]
             # `verdict` speaks of losses: lower and higher are the same words here.
             said = verdict(d["low"], d["high"], d["against"])
             counts = f"{d['better']} better, {d['worse']} worse of {d['problems']}"
-            difference = interval(100 * d["difference"], *ends, "+.1f")
+            difference = _interval(d["difference"], d, "+.1f")
             rows.append((f"{model} − {d['against']}", benchmark, difference, p_text(d["p_value"]), counts, said))
     head = ("models", "benchmark", "pass@1, points", "p", "problems", "what it shows")
     return ArmsTable(head, rows) if rows else None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ra3_megatron.checkpoint.convert import import_hf
 from ra3_megatron.checkpoint.manifest import ARCHITECTURE
 from ra3_megatron.checkpoint.state import read_architecture
@@ -87,8 +89,6 @@ def run_alone(
 
 
 def _redacted(config: RunConfig) -> dict[str, Any]:
-    import yaml
-
     content = redact(yaml.safe_load(config.to_yaml()))
     return {name: content[name] for name in ("model", "evaluation", "judge", "parallel")}
 

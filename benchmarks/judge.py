@@ -182,6 +182,7 @@ def compare(arguments: argparse.Namespace) -> int:
 ADD = CallTests("add", (CallCase((2, 3), 5), CallCase(([1], [2]), [1, 2])))
 SUM = StdinTests((StdinCase("2 3\n", "5\n"), StdinCase("4 5\n", "9\n")))
 SHORT = Limits(cpu_s=0.2, wall_s=120.0, memory_mb=128, output_bytes=1 << 16)
+BOMB = Limits(cpu_s=2.0, wall_s=120.0, memory_mb=128, output_bytes=1 << 16)
 SLEEPER = Limits(cpu_s=0.2, wall_s=0.5, memory_mb=128)
 MIX: tuple[tuple[str, Any, Limits, tuple[Outcome, ...]], ...] = (
     *[("def add(a, b): return a + b", ADD, Limits(), (Outcome.PASSED,))] * 8,
@@ -194,11 +195,11 @@ MIX: tuple[tuple[str, Any, Limits, tuple[Outcome, ...]], ...] = (
     ("import os; os._exit(0)", ADD, Limits(), (Outcome.CRASHED,)),
     ("while True: pass", ADD, SHORT, (Outcome.CPU_LIMIT,)),
     ("import time\ndef add(a, b): time.sleep(99)", ADD, SLEEPER, (Outcome.WALL_LIMIT,)),
-    ("x = []\nwhile True: x.append(bytearray(1 << 20))", ADD, SHORT, (Outcome.MEMORY, Outcome.EXCEPTION)),
+    ("x = []\nwhile True: x.append(bytearray(1 << 20))", ADD, BOMB, (Outcome.MEMORY, Outcome.EXCEPTION)),
     ("while True: print('x' * 1000)", SUM, SHORT, (Outcome.OUTPUT, Outcome.CPU_LIMIT)),
     ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", ADD, SHORT, (Outcome.CPU_LIMIT,)),
     ("for n in range(10**5): open(f'f{n}', 'w').close()", ADD, SHORT, (Outcome.CPU_LIMIT, Outcome.EXCEPTION)),
-    ("def add(a, b): return [0] * 10**6", ADD, SHORT, (Outcome.OUTPUT, Outcome.MEMORY)),
+    ("def add(a, b): return [0] * 10**6", ADD, BOMB, (Outcome.OUTPUT, Outcome.MEMORY)),
     ("import threading, time\nfor _ in range(9): threading.Thread(target=time.sleep, args=(99,)).start()\n"
      "def add(a, b): return a + b", ADD, SHORT, (Outcome.PASSED, Outcome.WALL_LIMIT)),
 )  # fmt: skip
@@ -250,6 +251,7 @@ def work_for(judge: Judge, seconds: float, mix: Iterator[Any]) -> tuple[int, lis
         done += 1
         if verdict.outcome not in expected:
             wrong.append(f"{program[:60]!r}: {verdict.outcome} {verdict.message[:100]}")
+            print("wrong:", wrong[-1], file=sys.stderr, flush=True)
     return done, wrong
 
 

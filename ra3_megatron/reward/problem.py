@@ -39,8 +39,8 @@ class Limits:
     cpu_s: float = 4.0
     """Processor seconds of one test (one call, one run); loading the program counts as a test of its own."""
     wall_s: float | None = None
-    """Wall seconds of one test; none = ten times `cpu_s`, at least 20, and up to five times that for a program that keeps
-    using the processor of a busy machine."""
+    """Wall seconds of one test; none = ten times `cpu_s`, at least 20, and up to five times that for a program that
+    keeps using the processor of a busy machine."""
     memory_mb: int = 2048
     """Address space of the process, MiB."""
     output_bytes: int = 1 << 20

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import select
-import signal
 import socket
 import time
 import traceback
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import compare, jail, trusted, zygote
+from . import checkers, compare, jail, trusted, zygote
 from .channel import Channel, Closed
 from .remove import empty
 from .session import Session, Stop
@@ -179,7 +178,7 @@ class Referee:
             return self._follow(job, score, watch, read, first)
         finally:
             os.close(read)
-            _end_trusted(pid)
+            checkers.end(pid)
 
     def _follow(self, job: dict[str, Any], score: Score, watch: Watch, read: int, first: int) -> int:
         """Read what the trusted process reports, until it has nothing more to say."""
@@ -277,13 +276,13 @@ class Referee:
         os.close(write)
         meter = Meter(pid, max(TRUSTED_CPU_S, 2 * job["cpu"]), "the checker")
         try:
-            said, status = _hear_checker(pid, read, meter, job["wall"])
+            said, status = checkers.hear(pid, read, meter, job["wall"])
         finally:
             os.close(read)
             empty(self._folder)
         if status is None:
             return "cpu_limit", "the checker took too long over the output"
-        return ("passed", "") if _accepts(said, status) else ("wrong", f"the checker says {said[:200]!r}")
+        return ("passed", "") if checkers.accepts(said, status) else ("wrong", f"the checker says {said[:200]!r}")
 
     # Tests that share the program's process
 
@@ -358,40 +357,6 @@ def _failed_run(watch: Watch, status: int, errors: bytes) -> tuple[str, str]:
         return "crashed", f"ended with {code}; {last}".rstrip("; ")
     reason = watch.ended()
     return reason.outcome, reason.message
-
-
-def _hear_checker(pid: int, read: int, meter: Meter, wall_s: float) -> tuple[str, int | None]:
-    """What the checker printed, and its exit status; none = it was ended."""
-    poll = select.poll()
-    poll.register(read, select.POLLIN)
-    until = time.monotonic() + wall_s
-    said = b""
-    while meter.used() < meter.limit and time.monotonic() < until and len(said) < 1 << 16:
-        if poll.poll(100):
-            part = os.read(read, 4096)
-            if not part:
-                return said.decode("utf-8", "replace"), os.waitpid(pid, 0)[1]
-            said += part
-    _end_trusted(pid)
-    return "", None
-
-
-def _end_trusted(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)  # ours and not reaped yet, so the number cannot be another's
-    os.waitpid(pid, 0)
-
-
-def _accepts(said: str, status: int) -> bool:
-    """Codeforces' checkers: `1`, `ok` or a positive number first accepts; silent ones accept by ending with 0."""
-    words = said.split()
-    if not words:
-        return status == 0
-    if words[0].lower() == "ok":
-        return True
-    try:
-        return float(words[0]) > 0
-    except ValueError:
-        return False
 
 
 def serve(sock: socket.socket, referee: Referee) -> NoReturn:

@@ -1,6 +1,6 @@
 """One-line tasks for RLVR, and a corpus whose answers to such tasks are only sometimes right.
 
-    python examples/one_line/make_tasks.py FOLDER [--right 0.12] [--seed 0]
+    python examples/one_line/make_tasks.py FOLDER [--right 0.18] [--seed 0]
 
 A task is a docstring and the head of a function; the answer is the expression that it returns, tested with hidden
 numbers. The corpus under FOLDER/code shows the form, and the expressions in it are seldom right: most have a slip. A
@@ -115,8 +115,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--files", type=int, default=600, help="files of the corpus")
     parser.add_argument("--functions", type=int, default=12, help="functions of a file")
-    parser.add_argument("--tasks", type=int, default=640)
-    parser.add_argument("--right", type=float, default=0.12, help="share of the corpus's functions that are right")
+    parser.add_argument("--tasks", type=int, default=400)
+    parser.add_argument("--right", type=float, default=0.18, help="share of the corpus's functions that are right")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)

@@ -20,7 +20,6 @@ from ra3_megatron.launch.attempts import RECORD, Record
 from tests.e2e import small
 from tests.slurm.cluster import ROOT, Cluster
 
-RANK_PYTHON = ROOT / "tests" / "slurm" / "rank_python"
 LIGHT_WORKER = ROOT / "tests" / "slurm" / "light_worker"
 QUICK = {"RA3_HANG_POLL_S": "0.2", "PYTHONDONTWRITEBYTECODE": "1"}
 PREPARE = "00-prepare"
@@ -135,11 +134,15 @@ class Runs:
 
     def __init__(self, cluster: Cluster, zygote: Callable[[], Path], folder: Path) -> None:
         self.cluster, self._zygote, self._folder = cluster, zygote, folder
+        self._rank_python = cluster.bin / "rank-python"
+        text = (ROOT / "tests" / "slurm" / "rank_python.py").read_text()
+        self._rank_python.write_text(f"#!{sys.executable} -SE\n{text}")
+        self._rank_python.chmod(0o755)
 
     @property
     def env(self) -> dict[str, str]:
         """Ranks come out of the zygote."""
-        return {**QUICK, "RA3_PYTHON": str(RANK_PYTHON), "RA3_TEST_ZYGOTE": str(self._zygote())}
+        return {**QUICK, "RA3_PYTHON": str(self._rank_python), "RA3_TEST_ZYGOTE": str(self._zygote())}
 
     def hollow(self, folder: Path, *done: str, **changes: dict[str, Any]) -> Run:
         """A run whose processes only wait for one another and mark their stage as done; `done` are stages that are."""
@@ -195,7 +198,7 @@ class Runs:
             with open(run.folder / f"local{rank}.log", "wb") as log:
                 started.append(
                     subprocess.Popen(
-                        [str(RANK_PYTHON), "-m", "ra3_megatron", *arguments],
+                        [str(self._rank_python), "-m", "ra3_megatron", *arguments],
                         env={**env, **place},
                         cwd=ROOT,
                         stdout=log,

@@ -1,6 +1,6 @@
 """Ranks of jobs without the price of an import: one process has everything in memory and forks them into their nodes.
 
-`python -m tests.slurm.zygote SOCKET` serves; `rank_python` (the RA3_PYTHON of the tests) is what srun starts in its
+`python -m tests.slurm.zygote SOCKET` serves; `rank_python.py` (the RA3_PYTHON of the tests) is what srun starts in its
 place: it sends its arguments, environment, folder and standard streams, passes signals on, and ends with the rank's
 exit code. The forked rank enters all namespaces of the node it was asked from, so that a power cut, a wrong address, or
 a port in use hit it as they would hit any process there. When the process that asked dies, so does the rank.

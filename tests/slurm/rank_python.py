@@ -1,5 +1,7 @@
-#!/usr/bin/python3 -SE
-"""Stands in for Python in the jobs of the tests: `-m ra3_megatron ...` is forked by the zygote (zygote.py)."""
+"""Stands in for Python in the jobs of the tests: `-m ra3_megatron ...` is forked by the zygote (zygote.py).
+
+`Runs` makes a program of it, without site packages, since every rank of every test starts it.
+"""
 
 import array
 import json

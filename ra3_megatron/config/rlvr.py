@@ -107,10 +107,10 @@ class RlvrConfig:
 
     def __post_init__(self) -> None:
         least = {
-            "steps": 0, "max_tasks": 1, "longest_reference": 1, "validation_tasks": 0, "validation_samples": 1, "eval_interval": 0,
-            "prompts_per_step": 1, "group_size": 2, "max_tokens": 1, "clip_low": 0, "clip_high": 0, "dual_clip": 1,
-            "max_importance_weight": 1, "overlong_buffer": 0, "max_refills": 0, "kl_coefficient": 0, "max_lag": 0,
-            "minibatches": 1, "warmup_steps": 0, "weight_decay": 0, "checkpoint_interval": 1,
+            "steps": 0, "max_tasks": 1, "longest_reference": 1, "validation_tasks": 0, "validation_samples": 1,
+            "eval_interval": 0, "prompts_per_step": 1, "group_size": 2, "max_tokens": 1, "clip_low": 0, "clip_high": 0,
+            "dual_clip": 1, "max_importance_weight": 1, "overlong_buffer": 0, "max_refills": 0, "kl_coefficient": 0,
+            "max_lag": 0, "minibatches": 1, "warmup_steps": 0, "weight_decay": 0, "checkpoint_interval": 1,
         }  # fmt: skip
         for name, value in least.items():
             _at_least(f"rlvr.{name}", getattr(self, name), value)

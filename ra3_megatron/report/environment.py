@@ -42,7 +42,7 @@ PACKAGES = (
 _VARIABLES = re.compile(
     r"^(OMP_|MKL_|KMP_|NCCL_|GLOO_|NVTE_|CUDA_|CUBLAS_|PYTORCH_|TORCH_NCCL_|RA3_)"
     r"|^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$"
-    r"|^SLURM_(JOB_ID|JOB_NUM_NODES|NNODES|NTASKS|NODEID|PROCID|RESTART_COUNT)$"
+    r"|^SLURM_(JOB_ID|JOB_NUM_NODES|JOB_NODELIST|STEP_NODELIST|ARRAY_JOB_ID|ARRAY_TASK_ID|NNODES|NTASKS|NODEID|PROCID|RESTART_COUNT)$"
     r"|^(HF_HUB_OFFLINE|TOKENIZERS_PARALLELISM|PYTHONHASHSEED)$"
 )
 _SECRET_NAME = re.compile(
@@ -89,6 +89,7 @@ def environment() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
             "devices": device_names(),
+            "driver": driver_version(),
             "packages": package_versions(),
             "variables": {k: v for k, v in sorted(os.environ.items()) if _VARIABLES.search(k)},
         }
@@ -131,6 +132,14 @@ def device_names() -> list[str]:
         return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}" for p in properties]
+
+
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """What the kernel says of NVIDIA's driver; None without one."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("NVRM version:").strip()
+    except (OSError, IndexError):
+        return None
 
 
 def git_state(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from ra3_megatron.launch.nodes import _verdict, add_bad, choose, read_bad
 from ra3_megatron.launch.plan import plan
 from ra3_megatron.launch.settings import Settings
 from ra3_megatron.launch.watch import Heartbeat
+from ra3_megatron.report.environment import driver_version, environment
 
 
 def started(*progress):
@@ -171,3 +172,17 @@ def test_estimate_of_a_run_as_measured(tmp_path):
     assert amount == ARCHITECTURE.flops_per_token(32) * 1000
     assert job_hours(job, amount, speed) == pytest.approx(amount / 2e11 / 24 / 3600)
     assert job_hours(job, None, speed) is None
+
+
+def test_dossier_names_nodes_driver_and_commit(tmp_path, monkeypatch):
+    """Which nodes an attempt ran on was known only as long as Slurm kept the job; a snapshot had no commit."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[01-16]")
+    monkeypatch.setenv("RA3_CODE_COMMIT", "abc123")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    found = environment()
+    assert found["variables"]["SLURM_JOB_NODELIST"] == "gpu[01-16]"
+    assert found["git"] == "abc123"
+    assert "secret" not in json.dumps(found)
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1  Thu\nGCC version: x\n")
+    assert driver_version(tmp_path / "version") == "NVIDIA UNIX x86_64 Kernel Module  570.1  Thu"
+    assert driver_version(tmp_path / "none") is None

@@ -107,6 +107,10 @@ def process_environment(step: Step, launcher: str) -> dict[str, str]:
     env = dict(os.environ)
     if launcher == "srun":
         env |= {"MASTER_ADDR": step.nodes[0], "MASTER_PORT": str(step.port)}
+    else:
+        # A store of its own for every restart: in a shared one the processes meet what their dead predecessors left, and
+        # the nodes count restarts differently.
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if env.get("SLURM_CPUS_PER_TASK"):
         # From 22.05 on srun does not take it from sbatch by itself.
         env["SRUN_CPUS_PER_TASK"] = env["SLURM_CPUS_PER_TASK"]

@@ -13,7 +13,7 @@ from ra3_megatron.launch.folder import LaunchFolder, snapshot
 from ra3_megatron.launch.plan import plan
 from ra3_megatron.launch.settings import Settings, job_variables, load_settings
 from ra3_megatron.launch.slurm import clean_environment, own_id
-from ra3_megatron.launch.step import Step, container, port_of, start_command
+from ra3_megatron.launch.step import Step, container, port_of, process_environment, start_command
 from ra3_megatron.launch.submit import environment, job_name, sbatch_command
 from ra3_megatron.stages.graph import graph
 
@@ -170,6 +170,8 @@ def test_start_with_torchrun_and_ft(tmp_path, monkeypatch):
     start = command.index("/py")
     assert command[start : start + 3] == ["/py", "-m", "torch.distributed.run"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=n1:12345", "--max-restarts=2"} <= set(command)
+    assert process_environment(STEP, "torchrun")["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", "a store per restart"
+    assert process_environment(STEP, "srun")["MASTER_ADDR"] == "n1"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="nvidia-resiliency-ext"):
         start_command(STEP, job_variables({"RA3_LAUNCHER": "ft"}), [])

@@ -108,8 +108,8 @@ def process_environment(step: Step, launcher: str) -> dict[str, str]:
     if launcher == "srun":
         env |= {"MASTER_ADDR": step.nodes[0], "MASTER_PORT": str(step.port)}
     else:
-        # A store of its own for every restart: in a shared one the processes meet what their dead predecessors left, and
-        # the nodes count restarts differently.
+        # A store of its own for every restart: in a shared one the processes meet what their dead predecessors left,
+        # and the nodes count restarts differently.
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if env.get("SLURM_CPUS_PER_TASK"):
         # From 22.05 on srun does not take it from sbatch by itself.

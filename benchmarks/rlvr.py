@@ -204,7 +204,9 @@ def main() -> None:
         facts = shape.to_hf() | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts))
         with torch.no_grad():
-            model.get_input_embeddings().weight[tokenizer.eos_id] *= options.ends
+            # The row of a padding token is made of zeros.
+            rows = model.get_input_embeddings().weight
+            rows[tokenizer.eos_id] = options.ends * rows.std() * torch.randn(rows.size(1))
         model.save_pretrained(folder / "hf")
         import_hf(folder / "hf", folder / "checkpoint")
         tokenizer.save(folder / "tokenizer")

@@ -41,6 +41,10 @@ class EvaluationConfig:
     prompt: Literal["completion", "chat"] = "completion"
     """`completion`: the text that base models go on with, as the reference evaluators give it. `chat`: a request in
     the chat template of the checkpoint's tokenizer; the program is taken out of the answer."""
+    humaneval_prompt: Literal["raw", "stripped"] = "raw"
+    """HumanEval in completion form: the prompt as it is, as in the paper, or without space at its ends, as bigcode's
+    harness asks. The raw one ends with a line's end; a model whose tokenizer joins that with the next indentation, such
+    as SmolLM2's, reads it as the end of the code."""
     mbpp_prompt: Literal["few_shot", "docstring"] = "few_shot"
     """MBPP in completion form: three solved problems and [BEGIN], as in the paper; or a docstring, as bigcode's."""
     thoughts: Literal["allowed", "reference"] = "allowed"

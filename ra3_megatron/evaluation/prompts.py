@@ -71,22 +71,23 @@ def question(task: Task, tasks: TaskSet, settings: EvaluationConfig) -> Question
     """The question for a task. `tasks` gives the solved examples of few-shot prompts."""
     if settings.prompt == "chat":
         return _chat(task)
-    asked = _completion(task, tasks, settings.mbpp_prompt == "few_shot")
+    asked = _completion(task, tasks, settings)
     if settings.thoughts == "allowed":
         # A thought is a comment; a reference's stop word would end the answer there.
         return Question(**{**vars(asked), "stop": tuple(s for s in asked.stop if s.strip() != "#")})
     return asked
 
 
-def _completion(task: Task, tasks: TaskSet, few_shot: bool) -> Question:
+def _completion(task: Task, tasks: TaskSet, settings: EvaluationConfig) -> Question:
     if task.benchmark == "humaneval":
-        return Question(task.prompt, stop=HUMANEVAL_STOPS, kept=task.prompt)
+        text = task.prompt.strip() if settings.humaneval_prompt == "stripped" else task.prompt
+        return Question(text, stop=HUMANEVAL_STOPS, kept=text)
     if task.form in ("code", "docstring"):
         text = task.prompt.strip() + "\n"
         stop = EVALPLUS_HUMANEVAL_STOPS if task.form == "code" else EVALPLUS_MBPP_STOPS
         return Question(text, stop=stop, kept=text, shown=min(task.visible, 1) if task.form == "docstring" else 0)
     if task.benchmark == "mbpp":
-        return _few_shot(task, tasks) if few_shot else _docstring(task, BIGCODE_MBPP_STOPS)
+        return _few_shot(task, tasks) if settings.mbpp_prompt == "few_shot" else _docstring(task, BIGCODE_MBPP_STOPS)
     if task.benchmark in ("livecodebench", "codeforces") or task.entry_point is None:
         return _lcb_base(task)
     return _docstring(task, OWN_STOPS)

@@ -232,7 +232,8 @@ class _Job:
 
     def _results(self, models: Mapping[str, Any]) -> dict[str, Any]:
         s = self.settings
-        names = ("samples", "temperature", "top_p", "max_tokens", "prompt", "mbpp_prompt", "thoughts", "start_token")
+        prompts = ("prompt", "humaneval_prompt", "mbpp_prompt", "thoughts", "start_token")
+        names = ("samples", "temperature", "top_p", "max_tokens", *prompts)
         sets = {
             b: {"source": t.source, "fingerprint": t.fingerprint, "problems": len(t.tasks), "dropped": t.dropped}
             for b, t in self.sets.items()

@@ -39,6 +39,13 @@ def test_humaneval_is_asked_as_in_the_paper() -> None:
     assert program_of(HUMANEVAL, asked, "    return a + b").program == PROMPT + "    return a + b"
 
 
+def test_humaneval_stripped_ends_with_the_docstring() -> None:
+    """A model whose tokenizer joins a line's end with the indentation took the raw prompt for finished: 0 of 164."""
+    asked = question(HUMANEVAL, SET, replace(REFERENCE, humaneval_prompt="stripped"))
+    assert asked.text == PROMPT.strip() != PROMPT
+    assert program_of(HUMANEVAL, asked, "\n    return a + b").program == PROMPT.strip() + "\n    return a + b"
+
+
 def test_thoughts_do_not_end_an_answer() -> None:
     """A model that thinks in comments was cut off at its first thought without indentation."""
     stop = question(HUMANEVAL, SET, EvaluationConfig()).stop

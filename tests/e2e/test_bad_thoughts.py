@@ -1,4 +1,4 @@
-"""Odd code and odd thoughts: tabs, form feeds, other line ends, bytes that are no text, thoughts without content or end.
+"""Odd code and odd thoughts: tabs, form feeds, other line ends, bytes that are no text, empty or endless thoughts.
 
 What becomes of thoughts that break the program is in `tests/unit/rollout/test_generation.py` and `test_experience.py`.
 """

@@ -149,7 +149,9 @@ class Job:
             script = self.folder.code_of_job(self.env) / "slurm" / "node_check.sh"
             self.env["RA3_EXPECT_GPUS"] = self.env.get("SLURM_GPUS_ON_NODE", "0")
             failed = node_choice.check_nodes(asked, script, attempt, self.v.check_timeout_s)
-            node_choice.add_bad(listed[0], failed)
+            # When every node fails, what they share is at fault: none of them is put on the list for good.
+            if len(failed) < max(2, len(asked)):
+                node_choice.add_bad(listed[0], failed)
             bad |= failed
         return node_choice.choose(allocated, needed, bad)
 

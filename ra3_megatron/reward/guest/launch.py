@@ -6,6 +6,7 @@ same), `folder` (for work folders), `readable` (what programs may read), `site` 
 
 import _sitebuiltins
 import builtins
+import gc
 import importlib
 import json
 import os
@@ -218,6 +219,8 @@ def main(config: dict[str, Any]) -> NoReturn:
         "possible": judge.probe(),
     }
     Channel(sock.fileno(), 1 << 31).send(dumps(hello))
+    gc.collect()
+    gc.freeze()  # as in the fork server
     referee.serve(sock, judge)
 
 

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import io
+import mmap
 import os
 import sys
 import traceback
@@ -16,6 +17,8 @@ from .wire import Decoder, Encoder, TooLarge
 CHANNEL_FD, SOURCE_FD = 3, 4
 _TEXT = 300
 """Characters of an exception that are passed on."""
+_SPARE = mmap.mmap(-1, 4 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+"""Address space given back to tell of a MemoryError, which takes memory too; never touched, so it costs none."""
 
 
 def read_all(fd: int) -> bytes:
@@ -79,6 +82,8 @@ def _run(source: bytes, names: dict[str, Any], report: Channel | None) -> NoRetu
             report.send(Encoder(1 << 16).frame(("raised", "SystemExit", str(code))))
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the program's end
         code = 1
+        if isinstance(error, MemoryError):
+            _SPARE.close()
         if report is not None:
             report.send(Encoder(1 << 16).frame(("raised", *_describe(error))))
         sys.excepthook(type(error), error, _own_frames(error))
@@ -172,6 +177,8 @@ def _serve(source: bytes, order: dict[str, Any]) -> NoReturn:
         except Closed:
             raise
         except BaseException as error:  # noqa: BLE001 - an exception is an answer
+            if isinstance(error, MemoryError):
+                _SPARE.close()
             reply(number, "raise", *_describe(error))
             return False
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import checkers, compare, jail, trusted, zygote
+from . import asserts, checkers, compare, jail, trusted, zygote
+from .asserts import Plan
 from .channel import Channel, Closed
 from .remove import empty
 from .session import Session, Stop
@@ -119,6 +120,8 @@ class Referee:
     def _calls(self, job: dict[str, Any], score: Score) -> None:
         """Rounds of one program process each: a new one goes on after the test that ended the last."""
         first = 0
+        plan = asserts.plan(job) if job["kind"] == "assert" else None
+        plain = plan is not None or (job["kind"] == "call" and not job["oracle"])
         while first < score.total:
             ours, theirs = socket.socketpair()
             with ours:
@@ -126,8 +129,8 @@ class Referee:
                 files = (self._null,) * 3
                 watch = self._start("serve", job, source, files, theirs, tests=score.total - first + 1)
                 try:
-                    if job["kind"] == "call" and not job["oracle"]:
-                        first = self._plain(job, score, watch, ours, first)
+                    if plain:
+                        first = self._plain(job, plan, score, watch, ours, first)
                     else:
                         first = self._with_trusted(job, score, watch, ours, first)
                 finally:
@@ -135,29 +138,28 @@ class Referee:
             if score.outcome != "passed" and not job["all_tests"]:
                 return
 
-    def _plain(self, job: dict[str, Any], score: Score, watch: Watch, ours: socket.socket, first: int) -> int:
+    def _plain(
+        self, job: dict[str, Any], plan: Plan | None, score: Score, watch: Watch, ours: socket.socket, first: int
+    ) -> int:
         """Call and compare here: no code of the data set is involved. The number of the test to go on with."""
         ours.setblocking(False)
         session = Session(Channel(ours.fileno(), job["limit"], watch.wait), job["limit"])
         try:
-            session.load()
-            session.require(job["class_name"] or job["entry_point"])
+            session.load(job["class_name"] or job["entry_point"])
+            if plan is None:
+                test = trusted.plain_cases(session, job)
+            else:
+                test = plan.start(session, _trusted_cpu(job), ahead=not job["all_tests"])
         except (Stop, Ended) as reason:
             score.count(*_settled(reason, watch))
             return score.total
         for index in range(first, score.total):
             watch.start_test()
             try:
-                wrong = trusted.plain_case(session, job, index)
-                outcome, message = ("wrong", wrong) if wrong else ("passed", "")
+                outcome, message = test(index)
             except (Stop, Ended) as reason:
                 score.count(*_settled(reason, watch))
                 return index + 1
-            except Exception as error:
-                text = getattr(error, "raised_by_program", None)
-                if text is None:
-                    raise
-                outcome, message = "exception", text
             if not score.count(outcome, message) and not job["all_tests"]:
                 return score.total
         return score.total
@@ -173,7 +175,7 @@ class Referee:
         pid = self._fork_trusted(run, (ours.fileno(), write))
         os.close(write)
         ours.close()
-        watch.meters.append(Meter(pid, max(TRUSTED_CPU_S, 2 * job["cpu"]), "the tests' own code"))
+        watch.meters.append(Meter(pid, _trusted_cpu(job), "the tests' own code"))
         try:
             return self._follow(job, score, watch, read, first)
         finally:
@@ -274,7 +276,7 @@ class Referee:
 
         pid = self._fork_trusted(run, (write,))
         os.close(write)
-        meter = Meter(pid, max(TRUSTED_CPU_S, 2 * job["cpu"]), "the checker")
+        meter = Meter(pid, _trusted_cpu(job), "the checker")
         try:
             said, status = checkers.hear(pid, read, meter, job["wall"])
         finally:
@@ -300,6 +302,11 @@ class Referee:
                 score.count(*_settled(reason, watch))
             finally:
                 score.cpu += watch.end().cpu
+
+
+def _trusted_cpu(job: dict[str, Any]) -> float:
+    """Processor seconds of the data set's side of one test."""
+    return max(TRUSTED_CPU_S, 2 * float(job["cpu"]))
 
 
 def _settled(reason: Stop | Ended, watch: Watch) -> tuple[str, str]:

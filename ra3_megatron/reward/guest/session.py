@@ -2,6 +2,7 @@
 
 import builtins
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 from . import compare
@@ -9,8 +10,18 @@ from .channel import Channel, Closed, Oversized
 from .wire import Decoder, Encoder, Listed, TooLarge, Unsendable, WireError
 
 _REQUEST_LIMIT = 1 << 30
+_AHEAD_BYTES = 1 << 14
+"""Most bytes of requests that are sent ahead: any socket takes them while the other side does not read."""
 _short = reprlib.Repr()
 _short.maxother = _short.maxstring = _short.maxlong = 60
+
+
+def shown(value: Any) -> str:
+    """A value of the program in short; an integer of more digits than Python prints has no text."""
+    try:
+        return _short.repr(value)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the value is still an answer
+        return f"{type(value).__name__} without a text: {error}"
 
 
 class Stop(BaseException):
@@ -44,15 +55,17 @@ class Session:
         self._limit = limit
         self._number = 0
         self._objects: dict[int, Opaque] = {}
+        self._ahead: list[tuple[int, int]] = []
         self.stop: Stop | None = None
         self.last: Any = None
 
-    def load(self) -> None:
-        """Wait until the program is loaded.
+    def load(self, name: str) -> None:
+        """Wait until the program is loaded, and make sure that it defines `name`.
 
         Raises:
-            Stop: it raised, or ended.
+            Stop: it raised, or ended, or does not.
         """
+        self.ahead([("get", name, (), {}, False)])
         kind, *rest = self._receive(0)
         if kind == "raise":
             name, text = self._texts(rest)
@@ -60,6 +73,30 @@ class Session:
             self._fail(kinds.get(name, "exception"), text)
         if kind != "ok":
             self._fail("crashed", "broke the protocol while loading")
+        if self._request("get", name, (), {}, False)[0] == "missing":
+            self._fail("missing", f"the program does not define {name!r}")
+
+    def ahead(self, requests: Iterable[tuple[Any, ...]]) -> None:
+        """Send the next requests before they are made: neither side then waits for the other at each of them.
+
+        Those that follow must be these, in this order; what cannot be sent ahead, and all after it, is left to them.
+        """
+        frames, number = b"", self._number
+        for content in requests:
+            number += 1
+            try:
+                frame = Encoder(_AHEAD_BYTES).frame((number, *content))
+            except (TooLarge, Unsendable):
+                break
+            if len(frames) + len(frame) > _AHEAD_BYTES:
+                break
+            frames += frame
+            self._ahead.append((number, len(frame)))
+        if frames and self.stop is None:
+            try:
+                self._channel.send(frames)
+            except Closed:
+                self._ahead.clear()  # it has ended, and what it wrote before is still to be read
 
     def call(self, what: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mirror: bool) -> Any:
         """The answer to one call, an exception included; changed arguments are changed here too if `mirror`.
@@ -72,7 +109,7 @@ class Session:
         if kind == "raise":
             self._raise(*self._texts(rest))
         if kind == "missing":
-            self._fail("missing", f"the program does not define {_short.repr(rest[0] if rest else '')}")
+            self._fail("missing", f"the program does not define {shown(rest[0] if rest else '')}")
         if kind != "ok" or len(rest) != 2:
             self._fail("crashed", "broke the protocol")
         self.last, mirrored = rest
@@ -105,18 +142,9 @@ class Session:
         kinds = {"AssertionError": "wrong", "MemoryError": "memory", "SystemExit": "crashed"}
         return kinds.get(name, "exception"), text
 
-    def require(self, name: str) -> None:
-        """Make sure that the program defines `name`.
-
-        Raises:
-            Stop: it does not.
-        """
-        if self._request("get", name, (), {}, False)[0] == "missing":
-            self._fail("missing", f"the program does not define {name!r}")
-
     def describe_last(self) -> str:
         """The last answer in short."""
-        return _short.repr(self.last)
+        return shown(self.last)
 
     def _fail(self, outcome: str, message: str = "") -> Any:
         self.stop = self.stop or Stop(outcome, message)
@@ -146,6 +174,10 @@ class Session:
         if self.stop is not None:
             raise self.stop
         self._number += 1
+        if self._ahead:
+            number, size = self._ahead.pop(0)
+            assert number == self._number
+            return self._receive(number, size)
         try:
             frame = Encoder(_REQUEST_LIMIT, self._number_of).frame((self._number, *content))
         except Unsendable as error:
@@ -171,7 +203,7 @@ class Session:
         if type(answer) is not tuple or len(answer) < 2 or type(answer[1]) is not str or answer[0] != number:
             self._fail("crashed", "broke the protocol")
         if answer[1] == "large":
-            self._fail("output", f"an answer too large: {answer[2:]!r}"[:200])
+            self._fail("output", f"an answer too large: {shown(answer[2:])}")
         content: tuple[Any, ...] = answer[1:]
         return content
 
@@ -213,17 +245,18 @@ def _become(mine: Any, theirs: Any) -> Any:
     return mine
 
 
-def _holds_mutable(value: Any) -> bool:
+def holds_mutable(value: Any) -> bool:
+    """Whether a call may change something in an argument."""
     if isinstance(value, (list, dict, set, bytearray)):
         return True
-    return isinstance(value, tuple) and any(map(_holds_mutable, value))
+    return isinstance(value, tuple) and any(map(holds_mutable, value))
 
 
 def stand_in(session: Session, name: str) -> Any:
     """What the tests call in place of the program's function `name`."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        mirror = _holds_mutable(args) or any(map(_holds_mutable, kwargs.values()))
+        mirror = holds_mutable(args) or any(map(holds_mutable, kwargs.values()))
         return session.call("function", name, args, kwargs, mirror)
 
     function.__name__ = function.__qualname__ = name

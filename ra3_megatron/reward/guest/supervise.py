@@ -117,6 +117,7 @@ class Watch:
         self.meters = [Meter(pid, cpu_s, "the program")]
         self._wall_s = wall_s
         self._begin(time.monotonic())
+        self._polls: dict[tuple[int, bool], select.poll] = {}
         self._reason: Ended | None = None
         self.exit: Exit | None = None
 
@@ -146,8 +147,10 @@ class Watch:
         Raises:
             Ended: a limit was reached.
         """
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT if writing else select.POLLIN)
+        poll = self._polls.get((fd, writing))
+        if poll is None:
+            poll = self._polls[fd, writing] = select.poll()
+            poll.register(fd, select.POLLOUT if writing else select.POLLIN)
         self.ready(poll, stay)
 
     def ready(self, poll: "select.poll", stay: bool = False) -> list[int]:

@@ -11,11 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from . import compare
 from .channel import Channel
-from .session import Session, Stop, stand_in
+from .session import Session, Stop, shown, stand_in
 
 HELPFUL = frozenset(
     "array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools json "  # noqa: SIM905
@@ -110,20 +111,22 @@ class _Report:
         except Stop:
             pass
         except BaseException as error:  # noqa: BLE001 - a test that raises has not passed
-            outcome, message = _explain(error, session)
+            outcome, message = explain(error, session)
         if session.stop is not None:
             outcome, message = session.stop.outcome, session.stop.message
         self.line(end=index, outcome=outcome, message=message, last=session.stop is not None)
         return session.stop
 
 
-def _explain(error: BaseException, session: Session) -> tuple[str, str]:
+def explain(error: BaseException, session: Session) -> tuple[str, str]:
     """Outcome and message of a test that raised `error`: the program's exception, or one of the tests' own."""
     text = getattr(error, "raised_by_program", None)
     if text is not None:
         return "exception", text
     if isinstance(error, AssertionError):
-        return "wrong", str(error)[:_TEXT] or f"the last answer was {session.describe_last()}"
+        said = error.args[0] if error.args else ""
+        text = said if isinstance(said, str) else shown(said)
+        return "wrong", text[:_TEXT] or f"the last answer was {session.describe_last()}"
     return "wrong", f"the test raised {type(error).__name__}: {error}"[:_TEXT]
 
 
@@ -166,8 +169,7 @@ def assert_tests(channel_fd: int, report_fd: int, job: dict[str, Any], first: in
 def _loaded(session: Session, report: _Report, first: int, name: str) -> bool:
     """Whether the program was loaded and defines `name`; if not, no test can pass."""
     try:
-        session.load()
-        session.require(name)
+        session.load(name)
     except Stop as stop:
         report.line(end=first, outcome=stop.outcome, message=stop.message, loading=True)
         return False
@@ -203,18 +205,25 @@ def target(job: dict[str, Any]) -> tuple[str, Any]:
     return "function", job["entry_point"]
 
 
-def plain_case(session: Session, job: dict[str, Any], index: int) -> str:
-    """Call the program with one case and compare; what is wrong, empty = nothing."""
-    args, expected = job["cases"][index]
-    answer = session.call(*target(job), args, {}, False)
-    rule = job["compare"]
-    if rule == "equal":
-        right = compare.equal(answer, expected)
-    elif rule == "close":
-        right = compare.close(answer, expected, job["atol"])
-    else:
-        right = compare.as_json(answer, expected)
-    return "" if right else f"case {index + 1}: answered {session.describe_last()}"
+def plain_cases(session: Session, job: dict[str, Any]) -> Callable[[int], tuple[str, str]]:
+    """A function that calls the program with case `i`, compares, and gives outcome and message."""
+    rules: dict[str, Callable[[Any, Any], bool]] = {"equal": compare.equal, "json": compare.as_json}
+    right = rules.get(job["compare"]) or partial(compare.close, atol=job["atol"])
+
+    def test(index: int) -> tuple[str, str]:
+        args, expected = job["cases"][index]
+        try:
+            answer = session.call(*target(job), args, {}, False)
+        except Exception as error:
+            text = getattr(error, "raised_by_program", None)
+            if text is None:
+                raise
+            return "exception", text
+        if right(answer, expected):
+            return "passed", ""
+        return "wrong", f"case {index + 1}: answered {session.describe_last()}"
+
+    return test
 
 
 def checker(output_fd: int, source: str, texts: tuple[str, str, str]) -> NoReturn:

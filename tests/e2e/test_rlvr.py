@@ -104,10 +104,25 @@ def test_kills_change_nothing(folder: Path, base: Path, whole: Path, server: For
     assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
 
 
+PROBLEMS = [
+    {
+        "task_id": f"HumanEval/{n}",
+        "prompt": f"def f{n}(x):\n    return x + {n}  #",
+        "entry_point": f"f{n}",
+        "canonical_solution": "\n",
+        "test": f"def check(candidate):\n    assert candidate(1) == {n + 1}\n",
+    }
+    for n in range(2)
+]
+"""Passed by an answer that stays in the comment."""
+
+
 def test_midtraining_goes_on_into_rlvr(folder: Path, tmp_path: Path, server: ForkServer) -> None:
-    """RLVR of an arm began from the base, or the exported model was that of before."""
+    """RLVR of an arm began from the base, the exported model was that of before, or benchmarks met one model twice."""
     rlvr = {"start": None, "tasks": str(folder / "tasks.jsonl"), "steps": 1, "max_lag": 0, "eval_interval": 0}
-    path = rl.write_config(tmp_path, tmp_path, rlvr=rlvr, train={"steps": 3, "eval_interval": 0})
+    (tmp_path / "HumanEval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    evaluation = {"benchmarks": ["humaneval"], "data_dir": str(tmp_path), "start_token": "auto", "max_tokens": 12}
+    path = rl.write_config(tmp_path, tmp_path, rlvr=rlvr, evaluation=evaluation, train={"steps": 3, "eval_interval": 0})
     plain = yaml.safe_load(path.read_text())
     plain["model"]["architecture"] = small.config(tmp_path)["model"]["architecture"]
     path.write_text(yaml.safe_dump(plain))
@@ -116,9 +131,15 @@ def test_midtraining_goes_on_into_rlvr(folder: Path, tmp_path: Path, server: For
     stages = {
         p.name: json.loads((p / "DONE").read_text()) for p in (tmp_path / "run").iterdir() if (p / "DONE").exists()
     }
-    assert set(stages) == {"00-prepare", "01-tasks", "02-ntp", "03-ntp-rlvr", "04-export"}
+    assert set(stages) == {"00-prepare", "01-tasks", "02-ntp", "03-ntp-rlvr", "04-export", "05-evaluate"}
     assert stages["04-export"]["checkpoint"] == stages["03-ntp-rlvr"]["checkpoint"]
     assert stages["03-ntp-rlvr"]["parameters_sha256"] != stages["02-ntp"]["parameters_sha256"]
+    found = json.loads((tmp_path / "run" / "05-evaluate" / "results.json").read_text())["models"]
+    weights = {name: model["parameters_sha256"] for name, model in found.items()}
+    assert weights == {
+        arm: stages[stage]["parameters_sha256"] for arm, stage in (("ntp", "02-ntp"), ("ntp-rlvr", "03-ntp-rlvr"))
+    }
+    assert all(model["benchmarks"]["humaneval"]["answers"] == len(PROBLEMS) for model in found.values())
     (alone,) = server.cli(["midtrain", str(path), "--stage", "rlvr", "--arm", "ntp"])
     assert alone.code == 0, alone.err[-3000:]
 

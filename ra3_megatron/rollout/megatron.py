@@ -6,7 +6,7 @@ and tells the others. A row's last token stays out of the cache until its succes
 predicted in the same pass that scores the next forced tokens, and a rollback costs one token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from ra3_megatron.algo.logprobs import token_log_probs
@@ -26,7 +25,7 @@ from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.cache import SPARSE, ChunkCache, Layout, Run
 from ra3_megatron.rollout.engine import Answer, EngineCounters, Extend
 from ra3_megatron.rollout.sampling import LocalSet, answer_queries
-from ra3_megatron.training.schedule import vocabulary_shard
+from ra3_megatron.training.schedule import vocabulary_shard, whole_hidden
 
 LOGIT_ROWS = 1024
 """Tokens whose logits exist at once; bounds memory, 0.6 GB in fp32 at a vocabulary of 152 k."""
@@ -331,21 +330,10 @@ class MegatronEngine:
 
     def _answers(self, plan: _Pass, given: dict[str, Any], temperature: float) -> Tensor:
         """From the last stage's hidden states to numbers; logits exist for a slice of the wanted tokens at a time."""
-        hidden, output = given["hidden_states"], given["output_layer"]
-        sequence_parallel = output.sequence_parallel
-        if sequence_parallel:
-            # Gathered here instead of in the layer, which would return logits of every token (as Megatron-Core's own
-            # inference does).
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self._parallel.pg_collection.tp
-            )
-        try:
-            output.sequence_parallel = False
-            return self._reduce(plan, hidden[:, 0], output, given["output_weight"], temperature)
-        finally:
-            output.sequence_parallel = sequence_parallel
+        hidden, output = whole_hidden(given)
+        return self._reduce(plan, hidden[:, 0], output, temperature)
 
-    def _reduce(self, plan: _Pass, hidden: Tensor, output: Any, weight: Tensor | None, temperature: float) -> Tensor:
+    def _reduce(self, plan: _Pass, hidden: Tensor, output: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
         device = hidden.device
         scored, asked = np.array(plan.scored, dtype=np.int64), np.array(plan.asked, dtype=np.int64)
         labels, numbers = torch.tensor(plan.labels, device=device), torch.tensor(plan.sets)
@@ -356,7 +344,7 @@ class MegatronEngine:
         answers = torch.empty(3, len(asked), dtype=torch.float64, device=device)
         for start in range(0, len(wanted), LOGIT_ROWS):
             part = wanted[start : start + LOGIT_ROWS]
-            logits = output(_rows(hidden, part).unsqueeze(1), weight=weight)[0][:, 0]
+            logits = output(_rows(hidden, part).unsqueeze(1))[:, 0]
             mine = np.flatnonzero((asked >= part[0]) & (asked <= part[-1]))
             if len(mine):
                 to = torch.from_numpy(mine)

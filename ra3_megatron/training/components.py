@@ -24,13 +24,14 @@ class Values:
     """What a component computes per token, with figures on the side."""
 
     loss: Tensor
-    """[tokens] fp32."""
+    """[labels] fp32."""
     monitors: dict[str, Tensor] = field(default_factory=dict)
-    """[tokens] per name in the component's `sums` and `maxima`; no gradient flows through them."""
+    """[labels] per name in the component's `sums` and `maxima`; no gradient flows through them."""
 
 
 PerToken = Callable[[TokenScores, TrainBatch], Values]
-"""What a component computes from the scores of a micro-batch."""
+"""What a component computes from the scores of a micro-batch's labels; the engine leaves out those that have no weight
+under any component (`schedule.at_rows`)."""
 
 
 @dataclass(frozen=True)

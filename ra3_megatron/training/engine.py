@@ -28,7 +28,7 @@ from ra3_megatron.training.actions import ActionRows, ActionTable, TokenScores, 
 from ra3_megatron.training.components import LossComponent
 from ra3_megatron.training.nonfinite import NonFiniteStep, explain_nonfinite
 from ra3_megatron.training.optimizer import build_optimizer, build_scheduler
-from ra3_megatron.training.schedule import run_schedule, vocabulary_shard
+from ra3_megatron.training.schedule import at_rows, label_rows, run_schedule, vocabulary_shard
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,11 @@ class TrainEngine:
         sums = self._global_sums(batches)
         rank, size = self.parallel.context_rank, self.parallel.sizes.context
         local = [context_parallel_slice(b, rank, size) for b in batches]
+        read = list(dict.fromkeys(c.weight_key for c in self.components if sums[c.weight_key]))
+        rows = [label_rows(b, read) for b in local]
+        local = [at_rows(b, r) for b, r in zip(local, rows, strict=True)]
         loss = partial(self._loss, sums, self._action_rows(local))
-        stored = run_schedule(self.parallel, self.chunks, local, loss, forward_only)
+        stored = run_schedule(self.parallel, self.chunks, local, loss, forward_only, rows)
         return self._collect(stored, sums), [self._local_loss(s) for s in stored]
 
     def _action_rows(self, batches: Sequence[TrainBatch]) -> list[ActionRows] | None:

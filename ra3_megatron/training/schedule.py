@@ -1,6 +1,7 @@
 """Micro-batches through Megatron's pipeline schedule, for training and for scoring alike."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from ra3_megatron.algo.logprobs import VocabShard
@@ -22,7 +24,11 @@ from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
 
 MicroBatchLoss = Callable[[int, TrainBatch, Tensor], tuple[Tensor, Tensor, Any]]
-"""`(number of the micro-batch, batch on the device, logits [1, tokens, columns]) -> (loss, count, what to keep)`."""
+"""`(number of the micro-batch, batch on the device, logits [1, labels, columns]) -> (loss, count, what to keep)`."""
+
+MOST_ROWS = 0.9
+"""Share of a micro-batch's tokens up to which the output layer runs on some of them alone: above, all of them cost less
+than to pick some."""
 
 
 def vocabulary_shard(chunks: Sequence[torch.nn.Module], architecture: Architecture, parallel: Parallel) -> VocabShard:
@@ -61,15 +67,19 @@ def run_schedule(
     batches: Sequence[TrainBatch],
     loss: MicroBatchLoss,
     forward_only: bool,
+    rows: Sequence[Tensor | None] | None = None,
 ) -> list[Any]:
     """Run this replica's micro-batches; returns what `loss` kept of each, empty before the last pipeline stage.
 
     `batches` are this rank's context-parallel shards, all of one length, on any device; the same on all its tensor-
-    and pipeline-parallel ranks. The chunks' configuration must have `variable_seq_lengths` off.
+    and pipeline-parallel ranks. The chunks' configuration must have `variable_seq_lengths` off. `rows`: of `label_rows`
+    for each of the batches, whose labels are then of these tokens alone (`at_rows`): no other logits are computed.
     """
     device, sizes = parallel.device, parallel.sizes
+    chosen = [None if r is None else r.to(device, non_blocking=True) for r in rows or [None] * len(batches)]
     prepared = [
-        (number, b if device.type == "cpu" else b.to(device), _packed(b, device)) for number, b in enumerate(batches)
+        (number, b if device.type == "cpu" else b.to(device), _packed(b, device), r)
+        for number, (b, r) in enumerate(zip(batches, chosen, strict=True))
     ]
     schedule = get_forward_backward_func(pp_size=sizes.pipeline, vp_size=sizes.virtual_pipeline)
     return schedule(
@@ -128,14 +138,67 @@ def forward_only(
 
 
 def _forward_step(loss: MicroBatchLoss, iterator: Iterator[Any], model: torch.nn.Module):
-    number, batch, packed = next(iterator)
+    number, batch, packed, rows = next(iterator)
     output = model(
         input_ids=batch.input_ids.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(0),
         attention_mask=None,
         packed_seq_params=packed,
+        output_processor=None if rows is None else partial(_some_logits, rows),
     )
     return output, partial(loss, number, batch)
+
+
+def label_rows(batch: TrainBatch, keys: Sequence[str]) -> Tensor | None:
+    """Tokens with a weight under one of `keys`, int64 [rows], at least one; none where picking them does not pay."""
+    counted = torch.zeros(batch.labels.shape, dtype=torch.bool, device=batch.labels.device)
+    for key in keys:
+        counted |= batch.weights[key] != 0
+    rows = counted.nonzero().squeeze(1)
+    if len(rows) > MOST_ROWS * len(counted):
+        return None
+    # Every micro-batch takes part in the backward pass, one without any such token as well.
+    return rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device)
+
+
+def at_rows(batch: TrainBatch, rows: Tensor | None) -> TrainBatch:
+    """The batch with labels, and what stands beside them, of the tokens `rows` alone; its input stays whole."""
+    if rows is None:
+        return batch
+    return replace(
+        batch,
+        labels=batch.labels[rows],
+        weights={k: v[rows] for k, v in batch.weights.items()},
+        extras={k: v[rows] for k, v in batch.extras.items()},
+        kinds=None if batch.kinds is None else batch.kinds[rows],
+    )
+
+
+def whole_hidden(given: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Of what Megatron gives an output processor: hidden states of all tokens [tokens, 1, hidden], and the output layer
+    for some of them, [rows, 1, hidden] -> [rows, 1, columns].
+
+    Under sequence parallelism they are gathered here instead of in the layer, which would give logits of every token
+    (as Megatron-Core's own inference does); the gradients that the layer adds up are cut to shards again.
+    """
+    hidden, layer, weight = given["hidden_states"], given["output_layer"], given["output_weight"]
+    if not layer.sequence_parallel:
+        return hidden, lambda some: layer(some, weight=weight)[0]
+
+    def logits(some: Tensor) -> Tensor:
+        layer.sequence_parallel = False
+        try:
+            return layer(some, weight=weight)[0]
+        finally:
+            layer.sequence_parallel = True
+
+    return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=layer.tp_group), logits
+
+
+def _some_logits(rows: Tensor, **given: Any) -> Tensor:
+    """Megatron's output processor: logits of the tokens `rows`, [1, rows, columns]."""
+    hidden, logits = whole_hidden(given)
+    return logits(hidden.index_select(0, rows)).transpose(0, 1)
 
 
 def _packed(batch: TrainBatch, device: torch.device) -> PackedSeqParams:

@@ -7,6 +7,7 @@ import torch
 
 from ra3_megatron.algo.logprobs import VocabShard, token_log_probs
 from ra3_megatron.algo.losses import PolicyLossConfig
+from ra3_megatron.model.factory import unwrap
 from ra3_megatron.rollout.scoring import score_labels
 from ra3_megatron.training import engine as training_engine
 from ra3_megatron.training.components import (
@@ -135,6 +136,35 @@ def test_a_normaliser_of_its_own(parallel):
         engine.evaluate([made])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logits_of_tokens_that_count(parallel, tied, temperature):
+    """The output layer ran on prompts too, whose labels are in no loss; rows that slip change the gradient."""
+    made = [batch(0), batch(1)]
+    made[1] = replace(made[1], weights={k: torch.zeros_like(v) for k, v in made[1].weights.items()})
+    everything = [replace(b, weights=b.weights | {"all": torch.ones(tiny.SEQ)}) for b in made]
+    components = [policy_gradient_component(CONFIG, reads="labels"), reference_kl_component(0.1)]
+    seen, results, weights = [], [], []
+
+    def value(scores, _):
+        seen.append(len(scores.log_probs))
+        return Values(-scores.log_probs)
+
+    for batches, more in ((everything, [LossComponent("all", value, 0.0)]), (made, [])):
+        engine = tiny.engine(tiny.config(), parallel, components + more, tied, label_temperature=temperature)
+        unwrap(engine.chunks[0]).output_layer.register_forward_hook(lambda _m, x, _o: seen.append(len(x[0])))
+        results.append(engine.train_step(batches, step=1))
+        weights.append(tiny.state(engine))
+    # Of the second micro-batch, in which nothing counts, one row, for the sake of its backward pass.
+    assert seen == [tiny.SEQ] * 4 + [8, 1]
+    whole, some = results
+    assert some.components == pytest.approx({k: whole.components[k] for k in some.components}, rel=1e-6)
+    assert some.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
+    assert some.monitors == pytest.approx(whole.monitors, rel=1e-6)
+    for name, value_ in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value_, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_temperature_of_a_component_is_its_own(parallel):
     """A logged figure at another temperature took the memory that the loss had yet to read."""
     seen = {}
@@ -155,7 +185,7 @@ def test_temperature_of_a_component_is_its_own(parallel):
     logits = logits_of(engine, made).detach()
     engine.train_step([made], step=1)
     for name, temperature in (("a", 2.0), ("b", 0.5), ("c", 0.7)):
-        expected = log_probs_of(logits, made, temperature).float() * made.weights["policy_gradient"]
+        expected = log_probs_of(logits, made, temperature).float()[made.weights["policy_gradient"] != 0]
         torch.testing.assert_close(seen[name], expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="label_temperature"):
         engine_of(parallel, components, 0.0)

@@ -1,5 +1,6 @@
 """Groups of judged answers: their rewards and advantages, and what the training engine learns from them."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ from ra3_megatron.algo.groups import answer_weight, flat_groups, group_advantage
 from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.sections import TrainConfig
 from ra3_megatron.data.batch import TrainBatch, collate
-from ra3_megatron.data.packing import TrainSequence
+from ra3_megatron.data.packing import TrainSequence, pack, padded
 from ra3_megatron.parallel.collectives import all_reduce_max
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.answers import Judged
@@ -21,6 +22,10 @@ from ra3_megatron.training.schedule import pack_micro_batches
 ANSWERS = "answers"
 """Token weights whose global sum is the number of answers x `rlvr.max_tokens`: the divisor of `constant`."""
 REFERENCE = "reference_kl"
+UNIT = 16
+"""Tokens of a process that FP8 matrix products want a multiple of."""
+LENGTHS = 64
+"""Window lengths that updates may have."""
 LOST = "lost"
 """Outcome of a program that could not be judged (`reward.problem.Outcome.LOST`)."""
 
@@ -121,14 +126,35 @@ def answer_batches(
 ) -> list[TrainBatch]:
     """Collective over the replicas: micro-batches of this replica's sequences, equally many on each.
 
-    `multiple`: that of padded sequences. Raises UserError for an answer longer than a window.
+    As many as windows of `train.seq_length` make; the windows are then as short as the sequences allow, of one length
+    on a replica. `multiple`: that of padded sequences. Raises UserError for an answer longer than a window.
     """
     names, extras = components_of(config), extras_of(config)
-    batches, _ = pack_micro_batches(sequences, train, parallel, names, extras)
+    sizes, size = parallel.sizes, train.micro_batch_size
+    group = size * (sizes.pipeline if sizes.virtual_pipeline else 1)
+    lengths = np.array([len(s.ids) for s in sequences], dtype=np.int64)
+    groups = max(1, -(-len(pack(lengths, train.seq_length, multiple)) // group))
     # Gradients are reduced after the last micro-batch: replicas that count differently would wait for one another.
-    count = all_reduce_max(parallel.group("dp"), len(batches), "micro-batches of the update")
-    empty = collate([[]] * train.micro_batch_size, train.seq_length, 0, multiple, names, extras)
-    return batches + [empty] * (count - len(batches))
+    groups = all_reduce_max(parallel.group("dp"), groups, "micro-batches of the update")
+    unit = UNIT * multiple * (sizes.tensor if sizes.sequence else 1)
+    train = replace(train, seq_length=window_length(lengths, train.seq_length, multiple, groups * group, unit))
+    batches, _ = pack_micro_batches(sequences, train, parallel, names, extras)
+    empty = collate([[]] * size, train.seq_length, 0, multiple, names, extras)
+    return batches + [empty] * (groups * group // size - len(batches))
+
+
+def window_length(lengths: np.ndarray, longest: int, multiple: int, windows: int, unit: int) -> int:
+    """Length at which sequences of `lengths` fill `windows` windows, in which they fit at length `longest`.
+
+    A multiple of `unit`, or `longest`. At most `LENGTHS` different ones, so that a GPU's memory is not split into
+    pieces of every size. `multiple` as in `pack`.
+    """
+    sizes, step = padded(lengths, multiple), unit * max(1, longest // (LENGTHS * unit))
+    least = max(int(sizes.max(initial=1)), -(-int(sizes.sum()) // windows))
+    tried = range(-(-least // step) * step, longest, step)
+    # A longer window may by bad luck need one more of them; the one found has been tried.
+    at = bisect_left(tried, True, key=lambda length: len(pack(lengths, length, multiple)) <= windows)
+    return tried[at] if at < len(tried) else longest
 
 
 def with_log_probs(batches: Sequence[TrainBatch], name: str, values: Sequence[torch.Tensor]) -> list[TrainBatch]:

@@ -2,10 +2,22 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ra3_megatron.config.rlvr import RlvrConfig
+from ra3_megatron.config.sections import TrainConfig
+from ra3_megatron.data.packing import pack, padded
 from ra3_megatron.rollout.answer_figures import AnswerFigures
-from ra3_megatron.rollout.groups import ANSWERS, AnswerGroup, answer_sequences, flat
+from ra3_megatron.rollout.groups import (
+    ANSWERS,
+    LENGTHS,
+    AnswerGroup,
+    answer_batches,
+    answer_sequences,
+    flat,
+    window_length,
+)
 from tests.unit.rollout.judged import answer, group, verdict
 
 
@@ -73,3 +85,39 @@ def test_figures_add_up_over_replicas() -> None:
     assert (m["groups_all_right"], m["groups_all_wrong"]) == pytest.approx((1 / 3, 1 / 3))
     lengths = [len(a.ids) for g in every for a in g.answers]
     assert m["answer_tokens"] == pytest.approx(np.mean(lengths))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 256), max_size=40), multiple=st.sampled_from([1, 4]), spare=st.integers(0, 2),
+    longest=st.sampled_from([256, 400, 1024, 16384]),
+)  # fmt: skip
+def test_windows_no_longer_than_needed(lengths, multiple, spare, longest) -> None:
+    """Windows of the full length for the sake of a few tokens; one too short made a sequence too many."""
+    sizes = np.array(lengths, dtype=np.int64)
+    windows = len(pack(sizes, longest, multiple)) + spare or 1
+    found = window_length(sizes, longest, multiple, windows, 16 * multiple)
+    assert found == longest or (found < longest and found % (16 * multiple) == 0)
+    assert len(pack(sizes, found, multiple)) <= windows
+    assert padded(sizes, multiple).sum() <= found * windows
+    if windows == 1 and lengths:
+        step = max(16 * multiple, longest // LENGTHS)
+        assert found < padded(sizes, multiple).sum() + step
+
+
+def test_an_update_pads_little(parallel) -> None:
+    """A tenth of an update's tokens were padding: whole windows of `train.seq_length`, the last one all but empty."""
+    answers = [answer(n, m, 40 + 5 * m) for n in range(4) for m in range(8)]
+    groups = [
+        AnswerGroup.of(n, n, n, answers[8 * n : 8 * n + 8], [verdict(m % 2 == 0) for m in range(8)]) for n in range(4)
+    ]
+    config, train = RlvrConfig(max_tokens=80), TrainConfig(steps=1, seq_length=512, micro_batch_size=2)
+    sequences = answer_sequences(groups, config)
+    batches = answer_batches(sequences, config, train, parallel, 1)
+    tokens = sum(len(s.ids) for s in sequences)
+    assert len(batches) == -(-tokens // 1024)
+    assert len({b.input_ids.numel() for b in batches}) == 1
+    assert tokens <= sum(b.input_ids.numel() for b in batches) < 1.08 * tokens
+    weights = sum(float(b.weights["policy_gradient"].sum()) for b in batches)
+    assert weights == sum(len(a.ids) for a in answers)
+    (none,) = answer_batches([], config, train, parallel, 1)
+    assert not any(w.any() for w in none.weights.values())

@@ -22,7 +22,7 @@ from ra3_megatron.reward.guest.wire import WireError, dumps, loads
 
 logger = logging.getLogger(__name__)
 
-STOP_S = 5.0
+STOP_S = 20.0
 """Wall seconds within which a sandbox must have ended what is in it; after them it is killed."""
 _UIDS_PER_TRAINER = 64
 """User ids between those of the trainers of one machine: threads are counted per user id."""

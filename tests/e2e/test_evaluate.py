@@ -43,12 +43,13 @@ def arguments(base: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def results(out: Path) -> dict[str, Any]:
-    """What was measured, without what a clock has a say in."""
+    """What was measured, without what a clock has a say in; log-probs to what other batches round differently."""
     content = json.loads((out / "results.json").read_text())
     for model in content["models"].values():
         model.pop("checkpoint")
         for figures in model["benchmarks"].values():
             figures.pop("judge_cpu_s")
+            figures["mean_log_prob"] = round(figures["mean_log_prob"], 5)
     return content
 
 

@@ -41,6 +41,8 @@ _SLOWER = 4.0
 
 _ROOM_BYTES, _LARGER = 1 << 20, 8
 """An answer may be so many bytes, and so many times the reference's largest: some are longer than a megabyte."""
+_WRITING_S = 4e-7
+"""Processor seconds more for each byte of the largest answer, which the program has to send."""
 
 Compute = Callable[[Sequence[Asked]], list[Answered]]
 """Runs references on inputs: one answer for each question, in order."""
@@ -228,7 +230,9 @@ def _task(draft: _Draft, outputs: list, seconds: list[float], cpu_s: float) -> T
         visible=sum(fit[: draft.base]),
         entry_point=draft.entry_point,
         reference=draft.reference,
-        limits=Limits(max(cpu_s, _SLOWER * max(seconds)), output_bytes=_ROOM_BYTES + _LARGER * largest),
+        limits=Limits(
+            max(cpu_s, _SLOWER * max(seconds)) + _WRITING_S * largest, output_bytes=_ROOM_BYTES + _LARGER * largest
+        ),
         facts={"seconds": seconds, "cases": cases, "base": draft.base},
     )
 

@@ -231,7 +231,8 @@ def _task(draft: _Draft, outputs: list, seconds: list[float], cpu_s: float) -> T
         entry_point=draft.entry_point,
         reference=draft.reference,
         limits=Limits(
-            max(cpu_s, _SLOWER * max(seconds)) + _WRITING_S * largest, output_bytes=_ROOM_BYTES + _LARGER * largest
+            max(cpu_s, _SLOWER * max(seconds)) + _WRITING_S * largest,
+            output_bytes=_ROOM_BYTES + _LARGER * largest,
         ),
         facts={"seconds": seconds, "cases": cases, "base": draft.base},
     )

@@ -122,14 +122,17 @@ def _wait_for(pid: int) -> NoReturn:
     raise AssertionError("unreachable")
 
 
-def _end(link: socket.socket) -> NoReturn:
-    """Hang up on the fork server, which then ends its program and itself; wait for it, and end."""
+def _end(link: socket.socket, code: int = 0) -> NoReturn:
+    """Hang up on the fork server, which then ends its program and itself; wait for it, and end with `code`.
+
+    Who ends first would leave the fork server to whoever adopts orphans.
+    """
     link.close()
     try:
         while True:
             os.wait()
     except ChildProcessError:
-        os._exit(0)
+        os._exit(code)
     raise AssertionError("unreachable")
 
 
@@ -221,7 +224,7 @@ def main(config: dict[str, Any]) -> NoReturn:
     Channel(sock.fileno(), 1 << 31).send(dumps(hello))
     gc.collect()
     gc.freeze()  # as in the fork server
-    referee.serve(sock, judge)
+    referee.serve(sock, judge, lambda code: _end(link, code))
 
 
 def start() -> None:

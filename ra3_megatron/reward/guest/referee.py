@@ -366,8 +366,8 @@ def _failed_run(watch: Watch, status: int, errors: bytes) -> tuple[str, str]:
     return reason.outcome, reason.message
 
 
-def serve(sock: socket.socket, referee: Referee) -> NoReturn:
-    """Take jobs until the other side closes; a failure of the sandbox is told and ends it."""
+def serve(sock: socket.socket, referee: Referee, end: Callable[[int], NoReturn]) -> NoReturn:
+    """Take jobs until the other side closes, then `end` with an exit code; a failure of the sandbox ends it too."""
     channel = Channel(sock.fileno(), 1 << 31)
     code = 0
     try:
@@ -383,5 +383,5 @@ def serve(sock: socket.socket, referee: Referee) -> NoReturn:
                 code = 1
                 break
     finally:
-        os._exit(code)
+        end(code)
     raise AssertionError("unreachable")

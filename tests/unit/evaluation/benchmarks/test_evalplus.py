@@ -97,7 +97,19 @@ def test_slow_references_raise_the_limit(tmp_path: Path) -> None:
 
     (task,) = read([Row(ROW, "here")], "humaneval+", slow, 4.0)
     assert task.limits is not None
-    assert task.limits.cpu_s == 12.0
+    assert task.limits.cpu_s == pytest.approx(12.0, abs=1e-4)
+
+
+def test_large_answers_raise_the_limit(tmp_path: Path) -> None:
+    """A reference that was quick, and then had no time left to send ten megabytes."""
+
+    def wide(asked: Any) -> list[Answered]:
+        return [Answered(["x" * 10_000_000] * len(a.inputs), [0.1] * len(a.inputs)) for a in asked]
+
+    (task,) = read([Row(ROW, "here")], "humaneval+", wide, 4.0)
+    assert task.limits is not None
+    assert task.limits.cpu_s == pytest.approx(8.0, rel=1e-3)
+    assert task.limits.output_bytes > 10_000_000
 
 
 def test_rows_that_are_no_evalplus_are_refused(tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ class SaveEvent:
     message: str
     """Why it failed, with the writers' tracebacks; empty when it did not."""
 
+    @property
+    def text(self) -> str:
+        """What people are told."""
+        if self.ok:
+            return f"checkpoint of step {self.step}: {self.size / 1e6:.1f} MB, stall {self.stall_s:.2f} s"
+        return f"checkpoint of step {self.step} FAILED, training goes on: {self.message}"
+
 
 @dataclass(frozen=True)
 class Loaded:

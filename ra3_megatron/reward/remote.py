@@ -5,6 +5,7 @@ import logging
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ class Server:
         self.failures += 1
 
 
-class RemoteBackend:
+class RemoteBackend(ABC):
     """Submissions to HTTP servers from one thread with an event loop; subclasses say what one server is asked.
 
     The least busy server gets the next request, relative to its size; one that failed is left alone for a while.
@@ -123,13 +124,13 @@ class RemoteBackend:
 
     # What subclasses say.
 
+    @abstractmethod
     async def probe(self, server: Server) -> None:
         """Ask a server what it is and write it down. Raises UserError when it will never work, others to try again."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def ask(self, server: Server, submission: Submission) -> Verdict:
         """The verdict of one server. Raises Busy, Refused, Failed or an error of the transport."""
-        raise NotImplementedError
 
     def too_weak(self) -> str:
         """What to say when training asks for more isolation than there is."""

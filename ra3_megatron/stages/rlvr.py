@@ -315,15 +315,12 @@ class Rlvr:
 
     def _save(self) -> SaveEvent | None:
         engine = self.policy.engine
+        self.context.interrupt.beat("save", self.config.checkpoint.timeout_s)
         return self.store.save(self.state.step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
 
     def _report(self, event: SaveEvent | None, progress: Progress) -> None:
-        if event is None:
-            return
-        if event.ok:
-            progress.message(f"checkpoint of step {event.step}: {event.size / 1e6:.1f} MB, stall {event.stall_s:.2f} s")
-        else:
-            progress.message(f"checkpoint of step {event.step} FAILED, training goes on: {event.message}")
+        if event is not None:
+            progress.message(event.text)
 
     def _result(self) -> dict[str, Any]:
         last, data = self.store.latest(), self.state.data

@@ -287,12 +287,8 @@ class _Trainer:
         return self.store.save(step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
 
     def _report(self, event: SaveEvent | None, progress: Progress) -> None:
-        if event is None:
-            return
-        if event.ok:
-            progress.message(f"checkpoint of step {event.step}: {event.size / 1e6:.1f} MB, stall {event.stall_s:.2f} s")
-        else:
-            progress.message(f"checkpoint of step {event.step} FAILED, training goes on: {event.message}")
+        if event is not None:
+            progress.message(event.text)
 
     def _result(self) -> dict[str, Any]:
         last = self.store.latest()

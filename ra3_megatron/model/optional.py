@@ -94,13 +94,51 @@ def require_vllm(what: str) -> None:
         )
 
 
+def _apex_place() -> str | None:
+    """Where a package called apex lies, if there is one."""
+    spec = importlib.util.find_spec("apex")
+    return None if spec is None else str(spec.origin or spec.submodule_search_locations)
+
+
+def apex() -> OptionalPackage:
+    """Look for NVIDIA's apex, which is built from source; the registry's package of that name is another."""
+    place = _apex_place()
+    if place is None:
+        return OptionalPackage(False, None, "NVIDIA's apex is not installed")
+    if importlib.util.find_spec("apex.multi_tensor_apply") is None:
+        return OptionalPackage(False, None, f"the package called apex at {place} is not NVIDIA's")
+    try:
+        release = importlib.metadata.version("apex")
+    except importlib.metadata.PackageNotFoundError:
+        release = None
+    return OptionalPackage(True, release, "")
+
+
 def check_apex() -> None:
     """Raise UserError for a package called apex that is not NVIDIA's: it breaks Megatron-Core's imports."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return
-    if importlib.util.find_spec("apex.multi_tensor_apply") is None:
+    place = _apex_place()
+    if place is not None and not apex().usable:
         raise UserError(
-            f"a package called apex is installed at {spec.origin or spec.submodule_search_locations} but has no "
+            f"a package called apex is installed at {place} but has no "
             "apex.multi_tensor_apply, so it is not NVIDIA's and breaks megatron-core; pip uninstall apex"
         )
+
+
+FUSED_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""apex's extension that adds a weight's gradient into the fp32 buffer in the matrix product that makes it."""
+
+
+def fused_weight_gradients() -> OptionalPackage:
+    """Look for apex's extension that Megatron-Core's own linear layers need for `gradient_accumulation_fusion`."""
+    found = apex()
+    if not found.usable:
+        return found
+    if importlib.util.find_spec(FUSED_WEIGHT_GRADIENTS) is None:
+        return OptionalPackage(
+            False, found.version, f"this apex was built without {FUSED_WEIGHT_GRADIENTS} (--cpp_ext --cuda_ext)"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        return OptionalPackage(False, found.version, f"{FUSED_WEIGHT_GRADIENTS} needs a GPU and none was found")
+    return OptionalPackage(True, found.version, "")

@@ -40,6 +40,24 @@ def test_wrong_apex_is_named(packages):
     optional.check_apex()
 
 
+def test_apex_and_its_extension_are_told_apart(packages, monkeypatch):
+    """An apex built without its CUDA extensions was taken for one with fused weight gradients."""
+    assert not optional.apex().usable
+    assert "not installed" in optional.fused_weight_gradients().reason
+    _fake(packages, "apex")
+    assert "not NVIDIA's" in optional.apex().reason
+    assert "not NVIDIA's" in optional.fused_weight_gradients().reason
+    _fake(packages / "apex", "multi_tensor_apply")
+    assert optional.apex() == optional.OptionalPackage(True, None, "")
+    assert "built without" in optional.fused_weight_gradients().reason
+    (packages / f"{optional.FUSED_WEIGHT_GRADIENTS}.py").write_text("")
+    importlib.invalidate_caches()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU" in optional.fused_weight_gradients().reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert optional.fused_weight_gradients().usable
+
+
 @pytest.mark.parametrize(
     ("version", "gpu", "usable", "reason"),
     [

@@ -13,6 +13,7 @@ from ra3_megatron.launch.folder import LaunchFolder
 from ra3_megatron.launch.settings import Settings, load_settings
 from ra3_megatron.launch.status import clear, status
 from ra3_megatron.launch.submit import Submitted, inherited, submit
+from ra3_megatron.stages.files import missing_files, refuse_missing, undone
 
 
 def open_target(
@@ -50,9 +51,12 @@ def launch(
     architecture = _architecture(config)
     layouts = check_layouts(config, settings, architecture)
     speed = _speed(folder, measured)
+    missing = missing_files(config, undone(config, folder.run))
     if dry_run:
         made = submit(config, folder, settings, dry_run=True)
+        layouts += [f"not here, a launch would be refused: {line}" for line in missing]
         return "\n".join([*layouts, *_told(config, architecture, folder, made, speed, commands=True)])
+    refuse_missing(missing)
     os.environ.update(inherited())
     with folder.locked():
         folder.write(config)

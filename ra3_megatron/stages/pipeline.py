@@ -23,6 +23,7 @@ from ra3_megatron.report.run_report import build_report
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.dry_run import declared_architecture
 from ra3_megatron.stages.evaluate import EvaluateInputs, run_evaluate
+from ra3_megatron.stages.files import missing_files, refuse_missing, undone
 from ra3_megatron.stages.generate import GenerateInputs, Part, open_bootstrapped, run_generate
 from ra3_megatron.stages.graph import ONE_PROCESS, Node, find, graph
 from ra3_megatron.stages.inputs import export_model, import_model, prepare_base, prepare_corpus
@@ -56,13 +57,9 @@ def run(config: RunConfig, accept_changes: bool = False, only: Only | None = Non
     Everything that can be refused is refused before a process group or a file is made.
     """
     launch = launch_from_env()
-    architecture, _ = declared_architecture(config)
-    if config.model.source is not None and not Path(config.model.source).exists():
-        raise UserError(
-            f"no base model at model.source {config.model.source}; download it there (a Hugging Face folder or a GGUF "
-            "file), or leave model.source out to start from random weights"
-        )
     chosen = graph(config) if only is None else (find(config, only.stage, only.arm, only.round),)
+    refuse_missing(missing_files(config, undone(config, Path(config.run.dir), chosen)))
+    architecture, _ = declared_architecture(config)
     sizes = _sizes(config, only, launch.world)
     layout = resolve_layout(replace(config, parallel=sizes), launch.world, architecture)
     choose_layers(config.model)

@@ -244,6 +244,18 @@ CASES = [
     Case("too few processes", nothing, ("parallel.tensor", "torchrun"), ("parallel.tensor=2",)),
     Case("other number of replicas", nothing, ("parallel.data", "2"), ("parallel.data=2",)),
     Case("warm-up longer than the run", nothing, ("warmup_steps", "24"), ("optimizer.warmup_steps=24",)),
+    Case(
+        "no file of tasks, needed after the arms",
+        nothing,
+        ("rlvr.tasks", "nowhere.jsonl"),
+        ("rlvr.steps=1", "rlvr.tasks=nowhere.jsonl"),
+    ),
+    Case(
+        "no data of a benchmark, needed at the very end",
+        nothing,
+        ("evaluation.data_dir", "humaneval", "no such"),
+        ("evaluation.benchmarks=[humaneval]", "evaluation.data_dir=nowhere"),
+    ),
     Case("run folder is a file", run_folder_is_a_file, ("run",)),
 ]
 

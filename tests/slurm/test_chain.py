@@ -266,9 +266,15 @@ def test_sixty_four_nodes(tmp_path):
     with Cluster(nodes=64) as cluster:
         run = tmp_path / "run"
         env = {"RA3_PYTHON": str(LIGHT_WORKER), "RA3_HANG_POLL_S": "0.5"}
+        # Nobody reads them, but a launch looks whether they are there.
+        model, file = tmp_path / "model", tmp_path / "some.jsonl"
+        model.mkdir()
+        file.touch()
         arguments = ["launch", "configs/llama-3.1-8b.yaml", f"run.dir={run}", "run.arms=[ra3]", "run.rounds=1",
                      "parallel.tensor=4", "parallel.pipeline=2", "parallel.context=1", "train.global_batch_size=512",
-                     "variational.snippets_per_step=64", "--nodes", "64", "--array", "64", "--time", "30"]  # fmt: skip
+                     "variational.snippets_per_step=64", f"model.source={model}", f"data.corpus.files=[{file}]",
+                     f"rlvr.tasks={file}", f"evaluation.data={{humaneval: {file}}}",
+                     "evaluation.benchmarks=[humaneval]", "--nodes", "64", "--array", "64", "--time", "30"]  # fmt: skip
         python = [sys.executable, "-m", "ra3_megatron"]
         planned = cluster.output([*python, *arguments, "--dry-run"], env=env)
         assert "64 nodes x 8 = 512 processes = tensor 4 x pipeline 2 x context 1 x data 64" in planned

@@ -8,7 +8,7 @@ import pytest
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig, config_from_dict
-from ra3_megatron.launch.command import check_layouts
+from ra3_megatron.launch.command import check_layouts, launch
 from ra3_megatron.launch.folder import LaunchFolder, snapshot
 from ra3_megatron.launch.plan import plan
 from ra3_megatron.launch.settings import Settings, job_variables, load_settings
@@ -143,6 +143,22 @@ def test_layouts_over_512_processes():
             Settings(nodes=64),
             c.model.architecture,
         )
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b"])
+def test_cluster_configurations_are_whole_chains(name, tmp_path, monkeypatch):
+    """The shipped files once trained the baseline alone; and a launch without their data was queued for nothing."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(__file__).parents[3] / "configs" / f"{name}.yaml"
+    told = launch(path, [], Settings(nodes=16), dry_run=True)
+    order = ["import", "prepare", "tasks", "ra3-variational-1", "ra3-generate-1", "ra3-sft-1", "ra3-rlvr", "export",
+             "measure", "evaluate"]  # fmt: skip
+    places = [told.index(f"-{stage}: planned") for stage in order]
+    assert places == sorted(places)
+    assert "evaluation.data_dir" in told
+    with pytest.raises(UserError, match=r"model\.source.*rlvr\.tasks"):
+        launch(path, [], Settings(nodes=16))
+    assert not list(tmp_path.iterdir())
 
 
 def test_ports_differ_between_jobs_and_attempts():

@@ -3,10 +3,13 @@
 #
 # RA3_PROJECT       folder with slurm/ and ra3_megatron/; set for the jobs of a chain, else where the script lies
 # RA3_HOST_PYTHON   Python of login node and job: needs no torch, only pyyaml, omegaconf, psutil, typer (default: the
-#                   project's .venv, else python3)
+#                   one that launched the run, for its snapshot; the project's .venv; else python3)
 
 ra3() {
     local python=${RA3_HOST_PYTHON:-}
+    if [[ -z $python && $RA3_PROJECT == */launch/code && -r $RA3_PROJECT/../python ]]; then
+        python=$(< "$RA3_PROJECT/../python")
+    fi
     if [[ -z $python ]]; then
         python=$RA3_PROJECT/.venv/bin/python
         [[ -x $python ]] || python=python3

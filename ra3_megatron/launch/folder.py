@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -106,6 +107,8 @@ class LaunchFolder:
     def write(self, config: RunConfig) -> None:
         """The configuration, and the snapshot where there is none: a run goes on with the code it began with."""
         config.save(self.config)
+        # For the snapshot's own scripts, started by hand from a shell that knows nothing of it.
+        atomic_write_text(self.path / "python", sys.executable + "\n")
         if not (self.code / "COMMIT").exists():
             snapshot(project_folder(), self.code)
 

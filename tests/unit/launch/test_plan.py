@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,24 @@ def test_snapshot_is_whole_and_kept(tmp_path):
     (folder.code / "COMMIT").write_text("abc\n")
     folder.write(config())
     assert folder.commit() == "abc"
+
+
+def test_scripts_of_a_snapshot_find_their_python(tmp_path):
+    """The snapshot has no .venv: its status.sh, which a launch tells one to run, took the system's older Python."""
+    run, bin_ = tmp_path / "run", tmp_path / "bin"
+    bin_.mkdir()
+    for name in ("python3", "squeue"):
+        (bin_ / name).write_text("#!/bin/sh\n" + ("exit 0\n" if name == "squeue" else "echo wrong Python; exit 3\n"))
+        (bin_ / name).chmod(0o755)
+    folder = LaunchFolder(run)
+    run.joinpath("launch").mkdir(parents=True)
+    folder.write(replace(config(), run=replace(config().run, dir=str(run))))
+    Settings(nodes=1).save(folder.settings)
+    env = {"PATH": f"{bin_}:/usr/bin:/bin"}
+    script = folder.code / "slurm" / "status.sh"
+    done = subprocess.run([script, run], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "00-" in done.stdout
 
 
 def test_no_torch_on_the_login_node():

@@ -85,6 +85,12 @@ def midtrain(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Number of processes a dry run reckons with.", show_default=False)
     ] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Memory of a device: a dry run prints the largest micro-batch for it.", show_default=False
+        ),
+    ] = None,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with a run whose configuration was changed on purpose.")
     ] = False,
@@ -104,7 +110,7 @@ def midtrain(
     if stage is None and (arm is not None or round is not None):
         raise UserError("--arm and --round say which stage is meant; give --stage too")
     run_config = load_config(config, overrides or [])
-    _run(run_config, dry_run, world_size, status, accept_changes, stage, arm, round, part)
+    _run(run_config, dry_run, (world_size, memory_gib), status, accept_changes, stage, arm, round, part)
 
 
 @app.command(no_args_is_help=True)
@@ -119,6 +125,12 @@ def rlvr(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Number of processes a dry run reckons with.", show_default=False)
     ] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Memory of a device: a dry run prints the largest micro-batch for it.", show_default=False
+        ),
+    ] = None,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with a run whose configuration was changed on purpose.")
     ] = False,
@@ -129,13 +141,13 @@ def rlvr(
     from ra3_megatron.config.run import load_config, without_arms
 
     run_config = without_arms(load_config(config, overrides or []))
-    _run(run_config, dry_run, world_size, status, accept_changes, stage)
+    _run(run_config, dry_run, (world_size, memory_gib), status, accept_changes, stage)
 
 
 def _run(
     config: "RunConfig",
     dry_run: bool,
-    world_size: int | None,
+    machine: tuple[int | None, float | None],
     status: bool,
     accept_changes: bool,
     stage: str | None = None,
@@ -143,16 +155,19 @@ def _run(
     round: int | None = None,
     part: str | None = None,
 ) -> None:
-    """What `midtrain` and `rlvr` have in common."""
+    """What `midtrain` and `rlvr` have in common. `machine`: processes a dry run reckons with, and GiB of each."""
     if dry_run:
         from ra3_megatron.stages.dry_run import dry_run as print_dry_run
 
         # Under a launcher every process comes here; one answer is enough.
         if process_rank() == 0:
-            print_dry_run(config, world_size)
+            print_dry_run(config, *machine)
         return
+    world_size, memory_gib = machine
     if world_size is not None:
         raise UserError(f"--world-size {world_size} was given without --dry-run; start the processes with torchrun")
+    if memory_gib is not None:
+        raise UserError(f"--memory-gib {memory_gib:g} was given without --dry-run; add it, or leave --memory-gib out")
     from ra3_megatron.stages import pipeline
 
     if status:

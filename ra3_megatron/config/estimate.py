@@ -1,14 +1,20 @@
-"""Parameters and memory per rank from the configuration alone: what a dry run prints.
+"""Parameters, operations and memory per rank from the configuration alone: what a dry run prints.
 
-A plain account of what Megatron-Core holds, term by term, so that a wrong term can be found by measurement:
-weights, gradients, optimizer state (sharded over the replicas), activations kept for the backward pass, logits.
+A plain account of what Megatron-Core holds, term by term, so that a wrong term can be found by measurement: weights,
+gradients, optimizer state (sharded over the replicas), what is kept for the backward pass, logits, caches of rollouts.
+A test measures what autograd really saves; `benchmarks/gpu_memory.py` measures peaks on a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.ra3 import THINKING_ARMS
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import Layout
+
+OUTSIDE_OF_TORCH = 1 << 30
+"""Bytes left free on a device for what torch's allocator does not count (CUDA context, cuBLAS, NCCL) when the largest
+micro-batch is sought: a round figure."""
 
 
 def flops(a: Architecture, tokens: float, context: float, training: bool) -> float:
@@ -20,32 +26,56 @@ def flops(a: Architecture, tokens: float, context: float, training: bool) -> flo
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Which code runs the layers: it decides what they keep for the backward pass."""
+
+    te: bool
+    """Transformer Engine's layers rather than torch's."""
+    fused_norms: bool
+    """A norm keeps its input alone; torch's on a CPU keep, in fp32, the input and what it is scaled to."""
+
+    @classmethod
+    def expected(cls, config: RunConfig) -> "Kernels":
+        """Of a GPU with Transformer Engine for bf16 and fp8 unless `model.layers` is `local`, of a CPU for fp32."""
+        m = config.model
+        gpu = m.precision != "fp32"
+        return cls(te=m.layers == "te" or (gpu and m.layers != "local"), fused_norms=gpu or m.layers == "te")
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on the fullest rank, by purpose, and its number of parameters."""
 
     parameters_on_rank: int
     """Weights held by the fullest rank, vocabulary padding included."""
     weights: int
+    """With their copies in FP8."""
     gradients: int
     optimizer: int
     activations: int
+    """Kept from the forward to the backward pass, all micro-batches that are under way."""
     logits: int
+    """Most that the final norm, the output layer and the loss hold at once: between the two passes."""
+    recomputed: int = 0
+    """One layer's activations, computed anew in the backward pass, when the logits are gone."""
+    frozen: int = 0
+    """Weights of a second model: the scorer of an E-step, the reference of RLVR."""
+    cache: int = 0
+    """Keys and values of rollouts, at most."""
 
     @property
     def total(self) -> int:
-        """Sum, bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """The most that is held at once, bytes."""
+        held = self.weights + self.gradients + self.optimizer + self.activations + self.frozen + self.cache
+        return held + max(self.logits, self.recomputed)
 
 
 def parameters_per_rank(a: Architecture, layout: Layout) -> list[int]:
     """Weights on each pipeline stage's rank, vocabulary padding included."""
     t = layout.tensor
-    matrices = (
-        a.hidden_size * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads) + 3 * a.hidden_size * a.ffn_hidden_size
-    )
     bias = a.head_dim * (a.num_heads + 2 * a.num_kv_heads) if a.qkv_bias else 0
     replicated = 2 * a.hidden_size + (2 * a.head_dim if a.qk_norm else 0)
-    layer = (matrices + bias) // t + replicated
+    layer = (_matrices(a) + bias) // t + replicated
     embedding = layout.padded_vocab * a.hidden_size // t
     stages = [layer * (a.num_layers // layout.pipeline) for _ in range(layout.pipeline)]
     stages[0] += embedding
@@ -56,51 +86,160 @@ def parameters_per_rank(a: Architecture, layout: Layout) -> list[int]:
     return stages
 
 
-def _activation_bytes_per_token(config: RunConfig, a: Architecture, layout: Layout) -> float:
-    """Bytes one layer keeps per token of the micro-batch, on one rank."""
-    element = 4 if config.model.precision == "fp32" else 2
-    t = layout.tensor
-    # Inputs of the two norms and of what follows them: whole on every rank unless sequence parallel.
-    streams = 4 * a.hidden_size / (t if config.parallel.sequence else 1)
+def _matrices(a: Architecture) -> int:
+    """Weights of one layer's matrices."""
+    return a.hidden_size * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads) + 3 * a.hidden_size * a.ffn_hidden_size
+
+
+def _element(config: RunConfig) -> int:
+    """Bytes of a number that travels between layers."""
+    return 4 if config.model.precision == "fp32" else 2
+
+
+def _norm_bytes(width: float, element: int, kernels: Kernels) -> float:
+    """Bytes a norm over `width` numbers keeps per token."""
+    return width * element + 4 if kernels.fused_norms else 8 * width + 4
+
+
+def _stream_width(config: RunConfig, a: Architecture, layout: Layout) -> float:
+    """Numbers of the residual stream per token: whole on every rank unless sequence parallel."""
+    return a.hidden_size / (layout.tensor if config.parallel.sequence else 1)
+
+
+def _attention_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels) -> float:
+    """Bytes the attention of one layer keeps per token, between its two linear layers' inputs."""
+    e, t = _element(config), layout.tensor
     q, kv = a.num_heads * a.head_dim / t, a.num_kv_heads * a.head_dim / t
-    attention = 2 * (q + kv) + 2 * q + 2 * kv  # projections before and after the rotation, output, values
-    mlp = 4 * a.ffn_hidden_size / t  # gate, up, silu(gate), product
-    if config.model.recompute == "full":
-        return element * a.hidden_size
+    projected = q + 2 * kv
+    """Values are a view of the projection's output, which keeps all of it alive."""
+    statistics = 4 * a.num_heads / t
     if config.model.recompute == "selective":
-        attention -= q
-    return element * (streams + attention + mlp)
+        kept = (q + kv + projected + q) * e
+    elif kernels.te:
+        # It copies the values; its output is what the next linear layer keeps, unless that keeps an FP8 copy.
+        kept = (2 * q + 2 * kv) * e + statistics + (q if config.model.precision == "fp8" else 0)
+    else:
+        # Outputs of the sequences of a window, and then side by side.
+        seen = kv + projected if layout.context == 1 else 2 * kv * layout.context
+        kept = (q + seen + 2 * q) * e + statistics
+    if not kernels.te:
+        kept += 4 * a.head_dim * e  # cosines and sines, for queries and for keys
+    if a.qk_norm:
+        kept += _qk_norm_bytes(q, kv, a, e, kernels)
+    return kept
 
 
-def estimate_memory(config: RunConfig, a: Architecture, layout: Layout) -> MemoryEstimate:
-    """Bytes on the fullest rank.
+def _qk_norm_bytes(q: float, kv: float, a: Architecture, element: int, kernels: Kernels) -> float:
+    heads = (q + kv) / a.head_dim
+    if kernels.te:
+        return (q + kv) * element + 4 * heads
+    if kernels.fused_norms:
+        return q * element + 4 * heads  # the keys are a view of the projection's output
+    return 8 * q + (8 if element == 2 else 4) * kv + 4 * heads
+
+
+def _layer_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels) -> float:
+    """Bytes one layer keeps per token of the micro-batch, on one rank, when nothing of it is computed anew."""
+    e = _element(config)
+    stream, ffn = _stream_width(config, a, layout), a.ffn_hidden_size / layout.tensor
+    # Transformer Engine keeps the inputs of its matrix products in the numbers it multiplies.
+    multiplied = 1 if config.model.precision == "fp8" else e
+    norms = 2 * (_norm_bytes(stream, e, kernels) + stream * multiplied)
+    # Gate and up, and the product; torch's also keep silu(gate) and a copy of up.
+    mlp = 2 * ffn * e + ffn * multiplied + (0 if kernels.te else 2 * ffn * e)
+    return norms + _attention_bytes(config, a, layout, kernels) + mlp
+
+
+def _logits_bytes(config: RunConfig, a: Architecture, layout: Layout, tokens: float) -> float:
+    """Bytes held around the loss: probabilities in fp32 and the logits, or their gradient, in the model's numbers; or,
+    a moment later, that gradient and the one of the output layer's weight."""
+    columns, e = layout.padded_vocab / layout.tensor, _element(config)
+    both = tokens * columns * (4 if e == 4 else 4 + e)
+    return max(both, tokens * columns * e + columns * a.hidden_size * e)
+
+
+def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
+    """Micro-batches, counted in whole passes through the stage's layers, that wait for their backward pass."""
+    chunks, after = config.parallel.virtual_pipeline or 1, layout.pipeline - stage - 1
+    if chunks == 1:
+        return min(after + 1, layout.micro_batches)
+    warmup = 2 * after + (chunks - 1) * layout.pipeline + 1
+    return min(warmup, layout.micro_batches * chunks) / chunks
+
+
+def _optimizer_bytes(config: RunConfig) -> int:
+    """Bytes per parameter: two moments in fp32, and master weights where the model's are not fp32."""
+    return 8 if config.model.precision == "fp32" else 12
+
+
+def _weights_bytes(config: RunConfig, a: Architecture, layout: Layout, parameters: int) -> int:
+    """Weights as they are trained; FP8 keeps two more copies of the layers' matrices, one of them transposed."""
+    copies = 2 * _matrices(a) // layout.tensor * (a.num_layers // layout.pipeline)
+    return parameters * _element(config) + (copies if config.model.precision == "fp8" else 0)
+
+
+def cache_bytes(config: RunConfig, a: Architecture, layout: Layout) -> int:
+    """Keys and values of `latent.max_batch` rows of a window each, on one rank; 0 where nothing is sampled."""
+    if not (config.rlvr.steps or any(arm in THINKING_ARMS for arm in config.run.arms)):
+        return 0
+    width = a.num_kv_heads // layout.tensor * a.head_dim * (a.num_layers // layout.pipeline)
+    return 2 * _element(config) * config.latent.max_batch * (config.train.seq_length + 1) * width
+
+
+def _has_second_model(config: RunConfig) -> bool:
+    scores = any(arm in ("ra3", "brite") for arm in config.run.arms) and config.variational.scorer == "frozen"
+    return scores or bool(config.rlvr.steps and config.rlvr.kl_coefficient)
+
+
+def estimate_memory(
+    config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels | None = None
+) -> MemoryEstimate:
+    """Bytes on the fullest rank, in the stage of the run that needs most. `kernels`: `Kernels.expected` unless given.
 
     bf16 and fp8 train with bf16 weights, fp32 gradients and fp32 master weights and moments over data x context ranks;
     fp32 updates the weights in place and keeps the two moments alone.
     """
-    stages = parameters_per_rank(a, layout)
-    weight_bytes = 4 if config.model.precision == "fp32" else 2
-    shards = layout.data * layout.context
+    kernels = kernels or Kernels.expected(config)
     tokens = config.train.micro_batch_size * config.train.seq_length / layout.context
-    layers = a.num_layers / layout.pipeline
-    worst: MemoryEstimate | None = None
-    for stage, parameters in enumerate(stages):
-        # 1F1B: stage s holds the activations of (pipeline - s) micro-batches, never more than there are.
-        in_flight = min(layout.pipeline - stage, layout.micro_batches)
-        activations = layers * tokens * _activation_bytes_per_token(config, a, layout) * in_flight
-        # Logits, and their exponentials kept for the backward pass, in fp32 over the vocabulary shard.
-        logits = (
-            tokens * layout.padded_vocab / layout.tensor * (4 + 4 + weight_bytes) if stage == len(stages) - 1 else 0
+    layers, stream = a.num_layers / layout.pipeline, _stream_width(config, a, layout)
+    element, full = _element(config), config.model.recompute == "full"
+    layer = _layer_bytes(config, a, layout, kernels)
+    found = []
+    for stage, parameters in enumerate(parameters_per_rank(a, layout)):
+        kept = layers * (stream * element if full else layer) * _in_flight(config, layout, stage)
+        last = stage == layout.pipeline - 1
+        final_norm = tokens * (_norm_bytes(stream, element, kernels) + stream * element)
+        weights = _weights_bytes(config, a, layout, parameters)
+        found.append(
+            MemoryEstimate(
+                parameters_on_rank=parameters,
+                weights=weights,
+                gradients=parameters * 4,
+                optimizer=parameters * _optimizer_bytes(config) // (layout.data * layout.context),
+                activations=int(tokens * kept),
+                logits=int(final_norm + _logits_bytes(config, a, layout, tokens)) if last else 0,
+                # Its input is what was kept.
+                recomputed=int(tokens * (layer - stream * element)) if full else 0,
+                frozen=weights if _has_second_model(config) else 0,
+                cache=cache_bytes(config, a, layout),
+            )
         )
-        estimate = MemoryEstimate(
-            parameters_on_rank=parameters,
-            weights=parameters * weight_bytes,
-            gradients=parameters * 4,
-            optimizer=int(parameters * (8 if config.model.precision == "fp32" else 12) / shards),
-            activations=int(activations),
-            logits=int(logits),
-        )
-        if worst is None or estimate.total > worst.total:
-            worst = estimate
-    assert worst is not None
-    return worst
+    return max(found, key=lambda e: e.total)
+
+
+def largest_micro_batch(config: RunConfig, a: Architecture, layout: Layout, memory: int) -> int:
+    """Windows of a micro-batch that fit into `memory` bytes of a device, `OUTSIDE_OF_TORCH` left free; 0 = none."""
+
+    def fits(windows: int) -> bool:
+        changed = replace(config, train=replace(config.train, micro_batch_size=windows))
+        return estimate_memory(changed, a, layout).total <= memory - OUTSIDE_OF_TORCH
+
+    # Memory rises with the windows: double until they do not fit, then halve the gap.
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

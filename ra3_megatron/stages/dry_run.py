@@ -9,7 +9,14 @@ from ra3_megatron.checkpoint.manifest import ARCHITECTURE
 from ra3_megatron.checkpoint.state import read_architecture
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.estimate import estimate_memory, parameters_per_rank
+from ra3_megatron.config.estimate import (
+    OUTSIDE_OF_TORCH,
+    Kernels,
+    MemoryEstimate,
+    estimate_memory,
+    largest_micro_batch,
+    parameters_per_rank,
+)
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import Layout, resolve_layout
 from ra3_megatron.parallel.launch import launch_from_env
@@ -59,20 +66,22 @@ def default_world(config: RunConfig) -> tuple[int, str]:
     return replica, "one replica; give --world-size for more"
 
 
-def dry_run(config: RunConfig, world_size: int | None = None) -> None:
-    """Print everything that can be known without building anything; raises UserError for what would not run."""
+def dry_run(config: RunConfig, world_size: int | None = None, memory_gib: float | None = None) -> None:
+    """Print everything that can be known without building anything; raises UserError for what would not run.
+
+    With `memory_gib`, a device's memory, also the largest micro-batch that fits there.
+    """
     world, why = (world_size, "--world-size") if world_size else default_world(config)
     architecture, where = declared_architecture(config)
     layout = resolve_layout(config, world, architecture)
     console = Console(soft_wrap=True, highlight=False)
     console.print("[bold]# resolved configuration[/bold]")
     console.print(config.to_yaml(), markup=False)
-    console.print(_table(config, architecture, where, layout, why))
+    console.print(_table(config, architecture, where, layout, why, memory_gib))
 
 
-def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: str) -> Table:
-    t, gib = config.train, 1 / 2**30
-    memory = estimate_memory(config, a, layout)
+def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: str, memory_gib: float | None) -> Table:
+    t = config.train
     table = Table(show_header=False, title="dry run: nothing was started", title_justify="left")
     table.add_column(style="bold")
     table.add_column()
@@ -91,34 +100,55 @@ def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: 
         ),
         ("tokens per step", f"{layout.tokens_per_step:,} = {t.global_batch_size} windows x {t.seq_length} tokens"),
         ("length", _length(config, layout)),
-        *_rlvr_rows(config, a, layout),
+        *_rlvr_rows(config, layout),
         (
             "compute",
             f"{a.flops_per_token(t.seq_length / 2) * layout.tokens_per_step:.3e} FLOPs per step "
             f"(forward and backward, windows counted as one snippet)",
         ),
         ("parameters per stage", ", ".join(f"{n:,}" for n in parameters_per_rank(a, layout))),
-        (
-            "memory, fullest rank",
-            f"{memory.total * gib:.2f} GiB = weights {memory.weights * gib:.2f} "
-            f"+ gradients {memory.gradients * gib:.2f} + optimizer {memory.optimizer * gib:.2f} "
-            f"+ activations {memory.activations * gib:.2f} + logits {memory.logits * gib:.2f} (estimate)",
-        ),
+        *_memory_rows(config, a, layout, memory_gib),
     ]
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _rlvr_rows(config: RunConfig, a: Architecture, layout: Layout) -> list[tuple[str, str]]:
-    """Arithmetic of RLVR's steps, and the memory of its key-value cache."""
-    r, t = config.rlvr, config.train
+def _memory_rows(config: RunConfig, a: Architecture, layout: Layout, memory_gib: float | None) -> list[tuple[str, str]]:
+    """The memory estimate, term by term, and the largest micro-batch for a device's memory."""
+    memory = estimate_memory(config, a, layout)
+    te = Kernels.expected(config).te
+    rows = [
+        (
+            "memory, fullest rank",
+            f"{memory.total / 2**30:.2f} GiB = {_terms(memory)} (estimate, "
+            f"{'Transformer Engine' if te else 'torch'} layers, model.recompute {config.model.recompute})",
+        )
+    ]
+    if memory_gib is not None:
+        windows = largest_micro_batch(config, a, layout, int(memory_gib * 2**30))
+        reserve = f"{OUTSIDE_OF_TORCH / 2**30:.0f} GiB left to the device's context and libraries"
+        says = f"train.micro_batch_size {windows}" if windows else "none; not even a micro-batch of one window"
+        rows.append((f"fits into {memory_gib:g} GiB", f"{says} ({reserve})"))
+    return rows
+
+
+def _terms(memory: MemoryEstimate) -> str:
+    """What the total is made of; terms of nothing are left out."""
+    around = {"logits": memory.logits}
+    if memory.recomputed:
+        around = {"the larger of logits": memory.logits, "and of a layer computed anew": memory.recomputed}
+    terms = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations")}
+    terms |= {"second model": memory.frozen, "key-value cache": memory.cache}
+    held = " + ".join(f"{name} {value / 2**30:.2f}" for name, value in terms.items() if value)
+    return f"{held} + {' '.join(f'{name} {value / 2**30:.2f}' for name, value in around.items())}"
+
+
+def _rlvr_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
+    """Arithmetic of RLVR's steps."""
+    r = config.rlvr
     if not r.steps:
         return []
-    element = 4 if config.model.precision == "fp32" else 2
-    heads = a.num_kv_heads // layout.tensor
-    rows = config.latent.max_batch
-    cache = 2 * element * rows * t.seq_length * heads * a.head_dim * (a.num_layers // layout.pipeline)
     answers = r.prompts_per_step * r.group_size
     return [
         (
@@ -126,11 +156,6 @@ def _rlvr_rows(config: RunConfig, a: Architecture, layout: Layout) -> list[tuple
             f"{r.steps:,} steps x {r.prompts_per_step} tasks x {r.group_size} answers = {r.steps * answers:,} answers "
             f"of at most {r.max_tokens} tokens, up to {r.max_refills} refills; {r.prompts_per_step // layout.data} "
             f"tasks per replica and step, {r.minibatches} updates per step, lag up to {r.max_lag}",
-        ),
-        (
-            "RLVR, key-value cache",
-            f"{cache / 2**30:.2f} GiB at most = {rows} rows (latent.max_batch) x {t.seq_length} tokens"
-            + (", and the weights once more for the reference" if r.kl_coefficient else ""),
         ),
     ]
 

@@ -82,6 +82,41 @@ def test_printed_configuration_is_the_resolved_one(capsys, tmp_path):
     assert load_config(tmp_path / "printed.yaml") == config
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_largest_micro_batch_is_the_last_that_fits(recompute, capsys):
+    """The figure a user sets `train.micro_batch_size` to: one window more must not fit, and it must."""
+    overrides = [f"model.recompute={recompute}", "parallel.data=null"]
+    config = load_config(next(p for p in CONFIGS if p.stem == "qwen2.5-1.5b"), overrides)
+    dry_run(config, 1, 80.0)
+    [windows] = re.findall(r"fits into 80 GiB.*?train\.micro_batch_size (\d+)", capsys.readouterr().out)
+    architecture, _ = declared_architecture(config)
+    layout = resolve_layout(config, 1, architecture)
+
+    def total(count: int) -> int:
+        changed = replace(config, train=replace(config.train, micro_batch_size=count))
+        return estimate_memory(changed, architecture, layout).total
+
+    room = 79 * 2**30
+    assert total(int(windows)) <= room < total(int(windows) + 1)
+    dry_run(config, 1, 2.0)
+    assert "not even a micro-batch of one window" in capsys.readouterr().out
+
+
+def test_sampling_and_a_second_model_are_counted(capsys):
+    """RLVR's cache was a line of its own that the total left out, and the E-step's scorer was nowhere."""
+    config = load_config(next(p for p in CONFIGS if p.stem == "quickstart"))
+    architecture, _ = declared_architecture(config)
+    layout = resolve_layout(config, 1, architecture)
+    memory = estimate_memory(config, architecture, layout)
+    rows, width = config.latent.max_batch, architecture.num_kv_heads * architecture.head_dim
+    assert memory.cache == 2 * 4 * rows * (config.train.seq_length + 1) * width * architecture.num_layers
+    assert memory.frozen == memory.weights
+    parts = memory.weights + memory.gradients + memory.optimizer + memory.activations
+    assert memory.total == parts + memory.logits + memory.frozen + memory.cache
+    dry_run(config, 1)
+    assert "key-value cache" in capsys.readouterr().out
+
+
 def test_world_that_does_not_fit_is_refused():
     """The dry run is where one finds out, not the queue."""
     config = config_from_dict({"train": {"steps": 1}, "model": {"architecture": {}}, "parallel": {"tensor": 2}})

@@ -26,8 +26,8 @@ def test_estimate_equals_what_is_held(found, number):
     ranks = [rank["memory"][number] for rank in found]
     for rank in ranks:
         assert rank["parameters"] == rank["parameters_estimated"]
-    fullest = max(ranks, key=lambda r: r["parameters"])
-    assert fullest["parameters"] == fullest["fullest"]
+    # Which stage is the fullest depends on activations and logits too.
+    fullest = next(r for r in ranks if r["parameters"] == r["fullest"])
     estimated = fullest["estimated"]
     assert fullest["weights"] == estimated["weights"]
     # Buffers are padded so that every replica has an equal, aligned share.

@@ -23,6 +23,7 @@ from ra3_megatron.config.estimate import flops
 from ra3_megatron.data.sampler import SamplerState
 from ra3_megatron.data.tokenizers import load_folder
 from ra3_megatron.parallel.collectives import all_reduce_sum, raise_everywhere
+from ra3_megatron.parallel.phases import phase
 from ra3_megatron.report.metrics import MetricsLog
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
@@ -316,7 +317,8 @@ class Rlvr:
     def _save(self) -> SaveEvent | None:
         engine = self.policy.engine
         self.context.interrupt.beat("save", self.config.checkpoint.timeout_s)
-        return self.store.save(self.state.step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
+        with phase("save"):
+            return self.store.save(self.state.step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
 
     def _report(self, event: SaveEvent | None, progress: Progress) -> None:
         if event is not None:

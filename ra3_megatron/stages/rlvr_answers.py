@@ -15,6 +15,7 @@ from ra3_megatron.checkpoint.capture import synchronise_parameters
 from ra3_megatron.data.tokenizers import Tokenizer
 from ra3_megatron.parallel.collectives import broadcast_object, raise_everywhere
 from ra3_megatron.parallel.groups import Parallel
+from ra3_megatron.parallel.phases import phase
 from ra3_megatron.reward.judge import Judge
 from ra3_megatron.reward.problem import Submission, Verdict
 from ra3_megatron.rollout.answers import AnswerKey, AnswerLedger, DrawCost, Judged
@@ -99,9 +100,11 @@ class AnswerSource:
         waiting: dict[int, Future[Verdict]] = {}
         found, cost = self._recorded(version, prompts)
         if found is None:
-            found, cost = self._drawn(version, prompts, tasks, seed, waiting)
+            with phase("rollout"):
+                found, cost = self._drawn(version, prompts, tasks, seed, waiting)
         start = time.monotonic()
-        verdicts = self._judged(found, tasks, waiting)
+        with phase("judge"):
+            verdicts = self._judged(found, tasks, waiting)
         seconds = time.monotonic() - start
         groups = range(0, len(prompts), members)
         return Drawn(

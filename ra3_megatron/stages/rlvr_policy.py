@@ -19,6 +19,7 @@ from ra3_megatron.data.sampler import WindowSampler
 from ra3_megatron.data.tokenizers import Tokenizer
 from ra3_megatron.model.factory import build_model, choose_layers
 from ra3_megatron.parallel.groups import seed_everything
+from ra3_megatron.parallel.phases import phase
 from ra3_megatron.rollout.completion import CompletionSettings
 from ra3_megatron.rollout.factory import build_rollout_engine
 from ra3_megatron.rollout.groups import ANSWERS, answer_batches, with_log_probs
@@ -165,11 +166,13 @@ class RlvrPolicy:
         """
         r, train = self.config.rlvr, self.config.train
         multiple = self.context.layout.sequence_multiple
-        minibatches = [answer_batches(part, r, train, self.parallel, multiple) for part in parts]
+        with phase("data"):
+            minibatches = [answer_batches(part, r, train, self.parallel, multiple) for part in parts]
         scored, start = 0, time.monotonic()
         for name, chunks in self._others.items():
-            synchronise_parameters(chunks)
-            minibatches = [with_log_probs(m, name, self._score(chunks, m)) for m in minibatches]
+            with phase("score"):
+                synchronise_parameters(chunks)
+                minibatches = [with_log_probs(m, name, self._score(chunks, m)) for m in minibatches]
             scored += _padded(minibatches)
         seconds = time.monotonic() - start
         results = [self.engine.train_step(m, first + i) for i, m in enumerate(minibatches)]

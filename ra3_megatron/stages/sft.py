@@ -21,6 +21,7 @@ from ra3_megatron.data.sampler import RankBatch, SamplerState, WindowSampler
 from ra3_megatron.data.store import TrajectoryStore
 from ra3_megatron.model.factory import build_model, choose_layers
 from ra3_megatron.parallel.groups import seed_everything
+from ra3_megatron.parallel.phases import phase
 from ra3_megatron.report.metrics import MetricsLog
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
@@ -173,7 +174,8 @@ class _Trainer:
                 self._measure(progress)
             mark = time.monotonic()
             for step in range(first + 1, self.total + 1):
-                micro_batches, position = next(batches)
+                with phase("data"):
+                    micro_batches, position = next(batches)
                 result = self.engine.train_step(micro_batches, step)
                 self._count(result, position)
                 seconds, mark = time.monotonic() - mark, time.monotonic()
@@ -284,7 +286,8 @@ class _Trainer:
     def _save(self, step: int) -> SaveEvent | None:
         engine = self.engine
         self.context.interrupt.beat("save", self.config.checkpoint.timeout_s)
-        return self.store.save(step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
+        with phase("save"):
+            return self.store.save(step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
 
     def _report(self, event: SaveEvent | None, progress: Progress) -> None:
         if event is not None:

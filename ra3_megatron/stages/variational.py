@@ -22,6 +22,7 @@ from ra3_megatron.data.batch import TrainBatch, collate
 from ra3_megatron.data.prepare import PreparedCorpus
 from ra3_megatron.data.sampler import SamplerState
 from ra3_megatron.parallel.collectives import all_reduce_max, all_reduce_sum
+from ra3_megatron.parallel.phases import phase
 from ra3_megatron.report.metrics import MetricsLog
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
@@ -182,7 +183,8 @@ class EStep:
         own = self.policy.own_slots
         snippets = list(snippets_of(steps, own, self._numbers))
         self.parallel.mark(f"rollouts of step {version + 1}")
-        by_step, cost = self._draw(version, snippets)
+        with phase("rollout"):
+            by_step, cost = self._draw(version, snippets)
         seconds = time.monotonic() - start
         self.state = replace(self.state, rollout_round=self.state.rollout_round + 1)
         for step in steps:
@@ -206,10 +208,12 @@ class EStep:
         """Score, update, count, log."""
         start = time.monotonic()
         scored_before = self.policy.scorer.counters.tokens
-        experience = self.experience(members)
-        figures = batch_figures(experience, self.policy.least_gain).reduced(self._add_up)
+        with phase("score"):
+            experience = self.experience(members)
+            figures = batch_figures(experience, self.policy.least_gain).reduced(self._add_up)
         scored = time.monotonic()
-        batches, tokens = self.batches(experience)
+        with phase("data"):
+            batches, tokens = self.batches(experience)
         result = self.policy.engine.train_step(batches, step)
         updated = time.monotonic()
         padded = sum(b.input_ids.numel() for b in batches)
@@ -323,7 +327,8 @@ class EStep:
     def _save(self) -> SaveEvent | None:
         engine = self.policy.engine
         self.context.interrupt.beat("save", self.config.checkpoint.timeout_s)
-        return self.store.save(self.state.step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
+        with phase("save"):
+            return self.store.save(self.state.step, engine.chunks, engine.optimizer, engine.scheduler, self.state)
 
     def _report(self, event: SaveEvent | None, progress: Progress) -> None:
         if event is not None:

@@ -24,6 +24,7 @@ from ra3_megatron.data.batch import TrainBatch, context_parallel_slice
 from ra3_megatron.model.factory import unwrap
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
+from ra3_megatron.parallel.phases import phase
 from ra3_megatron.training.actions import ActionRows, ActionTable, TokenScores, scattered, score_actions
 from ra3_megatron.training.components import LossComponent
 from ra3_megatron.training.nonfinite import NonFiniteStep, explain_nonfinite
@@ -123,20 +124,23 @@ class TrainEngine:
         Raises NonFiniteStep when a loss or gradient is not finite and `train.on_nonfinite` is `stop`.
         """
         self.parallel.mark(f"train step {step}")
-        with explain_timeouts(self.parallel.world, f"train step {step}"):
+        with phase("update"), explain_timeouts(self.parallel.world, f"train step {step}"):
             for chunk in self.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            result, local = self._run(batches, forward_only=False)
-            self.optimizer.prepare_grads()
-            # One number for all ranks: it is reduced over the whole world, so every rank decides alike.
-            grad_norm = float(self.optimizer.get_grad_norm())
+            with phase("forward and backward"):
+                result, local = self._run(batches, forward_only=False)
+            with phase("gradient norm"):
+                self.optimizer.prepare_grads()
+                # One number for all ranks: it is reduced over the whole world, so every rank decides alike.
+                grad_norm = float(self.optimizer.get_grad_norm())
             self.scheduler.step(increment=1)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             finite = math.isfinite(result.loss) and math.isfinite(grad_norm)
             if finite:
-                self._update(grad_norm)
+                with phase("optimizer"):
+                    self._update(grad_norm)
         if not finite:
             message = explain_nonfinite(self.parallel, self.chunks, step, result.loss, grad_norm, local, batches)
             if self.config.train.on_nonfinite == "stop":

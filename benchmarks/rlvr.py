@@ -118,7 +118,7 @@ def ours(work: Work, checkpoint: Path, shape: Architecture, tokenizer: Tokenizer
         rollouts.weights_version = step
         answers = complete(rollouts, prompts, settings, tokenizer, seed=step)
         groups = [judged(answers[i : i + work.group], tokenizer) for i in range(0, len(answers), work.group)]
-        batches = answer_batches(answer_sequences(groups, rlvr), rlvr, train, parallel, 1)
+        batches = answer_batches(answer_sequences(groups, rlvr, share=True), rlvr, train, parallel, 1)
         trainer.train_step(batches, step + 1)
         counted.append(sum(len(a.prompt.ids) + len(a.ids) for a in answers))
         ends.append(time.process_time())

@@ -25,17 +25,20 @@ class TrainBatch:
     labels: Tensor
     """[tokens] int64: the next token of the same sequence; any id where no component has weight."""
     position_ids: Tensor
-    """[tokens] int64, from 0 in every sequence."""
+    """[tokens] int64, from 0 in every sequence, or from the end of its beginning (`prefixes`)."""
     cu_seqlens: Tensor
     """[sequences + 1] int32: boundaries of the sequences; the last entry is the number of tokens of the whole batch."""
     max_seqlen: int
-    """Length of the longest sequence, tokens."""
+    """Length of the longest sequence, its beginning included, tokens."""
     weights: dict[str, Tensor]
     """[tokens] fp32 per loss component: how much predicting `labels[i]` counts."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """[tokens] per name: advantages, log-probs of other policies; aligned with `labels`."""
     kinds: Tensor | None = None
     """[tokens] uint8: kind of `labels[i]` (`trajectory.Kind`), 255 where there is none; to report figures apart."""
+    prefixes: tuple[int, ...] | None = None
+    """Per sequence of `cu_seqlens`, which one before it, of the same window, is its beginning: attended to as well, and
+    positions go on after it. -1 = none; None = no sequence has one."""
 
     def to(self, device: torch.device) -> "TrainBatch":
         """The same batch on `device`; copies are not waited for."""
@@ -80,6 +83,8 @@ def context_parallel_slice(batch: TrainBatch, rank: int, size: int) -> TrainBatc
     """
     if size == 1:
         return batch
+    if batch.prefixes is not None:
+        raise ValueError(f"context parallelism over {size} ranks of sequences that share a beginning; share none")
     index = context_parallel_indices(batch.cu_seqlens, rank, size)
     return replace(
         batch,
@@ -108,19 +113,26 @@ def _shifted(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where sequences start in the batch, and the boundaries with padding."""
+    """Where sequences start in the batch, the boundaries with padding, and which of them continue another."""
 
     starts: list[int]
     boundaries: list[int]
+    prefixes: list[int]
     tokens: int
 
 
 def _lay_out(windows: Sequence[Sequence[TrainSequence]], seq_length: int, pad_multiple: int) -> _Layout:
-    starts, boundaries = [], [0]
+    starts: list[int] = []
+    boundaries: list[int] = [0]
+    prefixes: list[int] = []
     for number, window in enumerate(windows):
         position = number * seq_length
         for sequence in window:
             starts.append(position)
+            boundaries += [position + branch for branch in sequence.branches]
+            prefixes += [-1, *[len(prefixes)] * len(sequence.branches)]
+            if sequence.branches and pad_multiple > 1:
+                raise ValueError(f"sequences padded to a multiple of {pad_multiple} cannot share a beginning")
             position += -(-len(sequence.ids) // pad_multiple) * pad_multiple
             boundaries.append(position)
         end = (number + 1) * seq_length
@@ -128,7 +140,8 @@ def _lay_out(windows: Sequence[Sequence[TrainSequence]], seq_length: int, pad_mu
             raise ValueError(f"window {number} needs {position - end + seq_length} positions; it has {seq_length}")
         if position < end:
             boundaries.append(end)
-    return _Layout(starts, boundaries, len(windows) * seq_length)
+            prefixes.append(-1)
+    return _Layout(starts, boundaries, prefixes, len(windows) * seq_length)
 
 
 def collate(
@@ -161,7 +174,9 @@ def collate(
             kinds[start : end - 1] = sequence.kinds[1:]
     boundaries = np.array(layout.boundaries, dtype=np.int64)
     lengths = np.diff(boundaries)
-    positions = np.arange(layout.tokens, dtype=np.int64) - np.repeat(boundaries[:-1], lengths)
+    prefixes = np.array(layout.prefixes, dtype=np.int64)
+    before = np.where(prefixes >= 0, lengths[prefixes], 0)
+    positions = np.arange(layout.tokens, dtype=np.int64) - np.repeat(boundaries[:-1] - before, lengths)
     names = dict.fromkeys([*components, *(n for s in flat for n in s.weights)])
     extra_names = dict.fromkeys([*extras, *(n for s in flat for n in s.extras)])
     return TrainBatch(
@@ -169,8 +184,9 @@ def collate(
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
+        max_seqlen=int((lengths + before).max()),
         weights=_shifted(windows, "weights", list(names), layout),
         extras=_shifted(windows, "extras", list(extra_names), layout),
         kinds=None if kinds is None else torch.from_numpy(kinds),
+        prefixes=tuple(layout.prefixes) if (prefixes >= 0).any() else None,
     )

@@ -22,12 +22,21 @@ class TrainSequence:
 
     `ids` int32 `[n]`. `weights[component][i]` float32: how much predicting `ids[i]` counts (the first token is never
     predicted). `extras` float32 `[n]` per name, likewise. `kinds` uint8 `[n]` (`trajectory.Kind`).
+    `branches`: where continuations of one beginning start, for a sequence that is a beginning `ids[:branches[0]]` and
+    several continuations of it, one after the other, that do not see each other; empty = an ordinary sequence. The
+    first token of a continuation is predicted by nothing in the window.
     """
 
     ids: np.ndarray
     weights: dict[str, np.ndarray]
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     kinds: np.ndarray | None = None
+    branches: tuple[int, ...] = ()
+
+    @property
+    def unshared_tokens(self) -> int:
+        """Tokens of the texts it stands for, each with the beginning."""
+        return len(self.ids) + max(0, len(self.branches) - 1) * (self.branches[0] if self.branches else 0)
 
 
 @dataclass(frozen=True)

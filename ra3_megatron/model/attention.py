@@ -4,7 +4,7 @@ No path materialises the scores, and no path repeats keys and values for grouped
 laid next to its one key head and the kernel reads that head again through a stride of zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 _LAYOUT = "_ra3_layout"
+_PREFIXES = "_ra3_prefixes"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class PackedLayout:
     """Padded length of every sequence over all context-parallel ranks, tokens."""
     order: torch.Tensor | None
     """Under context parallelism, where each token of the window lies in the keys gathered rank by rank."""
+    prefixes: tuple[int, ...] | None = None
+    """Per sequence, which one before it is its beginning, -1 where none; None = all stand alone."""
+    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Masks of sequences with a beginning by number of queries and keys, made in the first layer."""
+
+    def tail_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+        """Mask of queries that are the last positions of the keys; none where one query sees them all."""
+        if queries == 1:
+            return None
+        if (queries, keys) not in self.masks:
+            self.masks[queries, keys] = _causal_tail(queries, keys, device)
+        return self.masks[queries, keys]
 
 
 class SDPACoreAttention(MegatronModule):
@@ -96,7 +109,7 @@ class SDPACoreAttention(MegatronModule):
         k = k.transpose(0, 1).unsqueeze(1).expand(kv_heads, groups, tk, width)
         v = v.transpose(0, 1).unsqueeze(1).expand(kv_heads, groups, tk, width)
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and tq > 1, scale=self.softmax_scale
+            q, k, v, attn_mask=mask, is_causal=mask is None and tq == tk > 1, scale=self.softmax_scale
         )
         return out.permute(2, 0, 1, 3).reshape(tq, heads, width)
 
@@ -105,9 +118,24 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         _check_length(query.shape[0], sum(layout.lengths))
         lengths = list(layout.lengths)
-        runs = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        done = [self._attend(q, k, v, None) for q, k, v in runs if q.shape[0]]
+        runs = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
+        if layout.prefixes is None:
+            done = [self._attend(q, k, v, None) for q, k, v in runs if q.shape[0]]
+        else:
+            done = [self._attend_after(runs, number, layout) for number, run in enumerate(runs) if run[0].shape[0]]
         return torch.cat(done) if len(done) > 1 else done[0]
+
+    def _attend_after(
+        self, runs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], number: int, layout: PackedLayout
+    ) -> torch.Tensor:
+        """A sequence that sees its beginning, if it has one, and itself; [tq, heads, d]."""
+        q, k, v = runs[number]
+        assert layout.prefixes is not None
+        prefix = layout.prefixes[number]
+        if prefix < 0:
+            return self._attend(q, k, v, None)
+        k, v = torch.cat((runs[prefix][1], k)), torch.cat((runs[prefix][2], v))
+        return self._attend(q, k, v, layout.tail_mask(len(q), len(k), q.device))
 
     def _packed_context_parallel(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
@@ -167,6 +195,16 @@ def _causal_tail(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def set_prefixes(params: PackedSeqParams, prefixes: tuple[int, ...]) -> None:
+    """Say per sequence of the window which one before it is its beginning, -1 where none (`TrainBatch.prefixes`)."""
+    setattr(params, _PREFIXES, prefixes)
+
+
+def prefixes_of(params: PackedSeqParams) -> tuple[int, ...] | None:
+    """What `set_prefixes` said; None when it said nothing."""
+    return getattr(params, _PREFIXES, None)
+
+
 def packed_layout(params: PackedSeqParams, cp_size: int) -> PackedLayout:
     """Lengths of a packed window and, under context parallelism, the way back to token order.
 
@@ -187,7 +225,7 @@ def packed_layout(params: PackedSeqParams, cp_size: int) -> PackedLayout:
                 f"found lengths {odd[:5]}"
             )
         order = _token_order(lengths, cp_size).to(cu.device)
-    layout = PackedLayout(lengths, order)
+    layout = PackedLayout(lengths, order, prefixes_of(params))
     setattr(params, _LAYOUT, layout)
     return layout
 

@@ -7,16 +7,19 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.model.attention import prefixes_of
 
 
 class _PackedLength(int):
     """Length of a packed window, with the boundaries of its sequences along."""
 
     cu_seqlens: torch.Tensor
+    prefixes: tuple[int, ...] | None
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
-    """Megatron-Core's rotary embedding, with positions that restart at every packed sequence.
+    """Megatron-Core's rotary embedding, with positions that restart at every packed sequence, or go on after the one
+    that is its beginning.
 
     Stock Megatron rotates each packed sequence by itself, in every layer. When the embedding it is given has one row
     per token of the window it rotates all of them at once instead; this class gives it that.
@@ -48,11 +51,13 @@ class PackedRotaryEmbedding(RotaryEmbedding):
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
         """Rows of the embedding: the whole window when it is packed, Megatron's answer otherwise."""
         packed = kwargs.get("packed_seq_params") or next((a for a in args if isinstance(a, PackedSeqParams)), None)
+        if self._fused and packed is not None and prefixes_of(packed) is not None:
+            raise ValueError("sequences that share a beginning need torch layers; set rlvr.share_prompts=off")
         if self._fused or packed is None or packed.qkv_format != "thd":
             return super().get_rotary_seq_len(*args, **kwargs)
         boundaries = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
         length = _PackedLength(int(boundaries[-1]))
-        length.cu_seqlens = boundaries
+        length.cu_seqlens, length.prefixes = boundaries, prefixes_of(packed)
         return length
 
     def forward(
@@ -64,9 +69,13 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         cu = max_seq_len.cu_seqlens
         if self._packed is None or self._packed[0] is not cu or self._packed[1] != cu._version:
             lengths = (cu[1:] - cu[:-1]).long()
+            before = torch.zeros_like(lengths)
+            if max_seq_len.prefixes is not None:
+                prefixes = torch.tensor(max_seq_len.prefixes, device=cu.device)
+                before = torch.where(prefixes >= 0, lengths[prefixes], 0)
             positions = torch.arange(int(max_seq_len), device=cu.device) - torch.repeat_interleave(
-                cu[:-1].long(), lengths, output_size=int(max_seq_len)
+                cu[:-1].long() - before, lengths, output_size=int(max_seq_len)
             )
-            longest = int(lengths.max())
+            longest = int((lengths + before).max())
             self._packed = (cu, cu._version, self.get_emb(longest)[positions])
         return self._packed[2]

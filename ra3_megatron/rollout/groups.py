@@ -1,6 +1,5 @@
 """Groups of judged answers: their rewards and advantages, and what the training engine learns from them."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,21 +10,19 @@ from ra3_megatron.algo.groups import answer_weight, flat_groups, group_advantage
 from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.sections import TrainConfig
 from ra3_megatron.data.batch import TrainBatch, collate
-from ra3_megatron.data.packing import TrainSequence, pack, padded
+from ra3_megatron.data.packing import TrainSequence
 from ra3_megatron.parallel.collectives import all_reduce_max
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.answers import Judged
 from ra3_megatron.rollout.completion import Completion
+from ra3_megatron.rollout.windows import Windows, share_beginning
 from ra3_megatron.training.actions import ACTION
-from ra3_megatron.training.schedule import pack_micro_batches
 
 ANSWERS = "answers"
 """Token weights whose global sum is the number of answers x `rlvr.max_tokens`: the divisor of `constant`."""
 REFERENCE = "reference_kl"
 UNIT = 16
 """Tokens of a process that FP8 matrix products want a multiple of."""
-LENGTHS = 64
-"""Window lengths that updates may have."""
 LOST = "lost"
 """Outcome of a program that could not be judged (`reward.problem.Outcome.LOST`)."""
 
@@ -72,9 +69,10 @@ def flat(groups: Sequence[AnswerGroup], config: RlvrConfig) -> np.ndarray:
     return flat_groups(torch.from_numpy(rewards), owner, len(groups)).numpy()
 
 
-def answer_sequences(groups: Sequence[AnswerGroup], config: RlvrConfig) -> list[TrainSequence]:
-    """One training sequence per answer, in order: prompt and answer, with weights and extras as `config` says.
+def answer_sequences(groups: Sequence[AnswerGroup], config: RlvrConfig, share: bool = False) -> list[TrainSequence]:
+    """Training sequences of all answers, in order: prompt and answer, with weights and extras as `config` says.
 
+    One per answer; with `share` one per group, which holds the prompt once, and those of masked answers.
     Every group has two answers or more (ValueError). Answers that are masked keep their place in the group's mean, and
     in the divisor of `constant`, and have no weight.
     """
@@ -85,7 +83,16 @@ def answer_sequences(groups: Sequence[AnswerGroup], config: RlvrConfig) -> list[
     rewards = torch.from_numpy(np.concatenate([g.rewards(config) for g in groups]))
     advantages = group_advantages(rewards, owner, config.advantage).tolist()
     answers = [a for g in groups for a in g.answers]
-    return [_sequence(a, advantage, config) for a, advantage in zip(answers, advantages, strict=True)]
+    made = [_sequence(a, advantage, config) for a, advantage in zip(answers, advantages, strict=True)]
+    if not share:
+        return made
+    shared, end = [], 0
+    for group in groups:
+        own, end = made[end : end + len(group.answers)], end + len(group.answers)
+        prompt = group.answers[0].prompt.ids
+        assert all(np.array_equal(a.prompt.ids, prompt) for a in group.answers), "a group answers one prompt"
+        shared += share_beginning(own, len(prompt))
+    return shared
 
 
 def _sequence(answer: Completion, advantage: float, config: RlvrConfig) -> TrainSequence:
@@ -104,7 +111,8 @@ def _sequence(answer: Completion, advantage: float, config: RlvrConfig) -> Train
     weights = {ACTION: weight}
     if config.aggregation == "constant":
         weights[ANSWERS] = np.zeros(len(ids), np.float32)
-        weights[ANSWERS][1] = config.max_tokens
+        # At the end, which an answer shares with no other; where it stands is of no matter to a divisor.
+        weights[ANSWERS][-1] = config.max_tokens
     if config.kl_coefficient:
         weights[REFERENCE] = weight
     return TrainSequence(ids, weights, extras)
@@ -132,29 +140,15 @@ def answer_batches(
     names, extras = components_of(config), extras_of(config)
     sizes, size = parallel.sizes, train.micro_batch_size
     group = size * (sizes.pipeline if sizes.virtual_pipeline else 1)
-    lengths = np.array([len(s.ids) for s in sequences], dtype=np.int64)
-    groups = max(1, -(-len(pack(lengths, train.seq_length, multiple)) // group))
+    unit = UNIT * multiple * (sizes.tensor if sizes.sequence else 1)
+    windows = Windows(sequences, train.seq_length, multiple, unit, group)
+    groups = max(1, -(-windows.fewest // group))
     # Gradients are reduced after the last micro-batch: replicas that count differently would wait for one another.
     groups = all_reduce_max(parallel.group("dp"), groups, "micro-batches of the update")
-    unit = UNIT * multiple * (sizes.tensor if sizes.sequence else 1)
-    train = replace(train, seq_length=window_length(lengths, train.seq_length, multiple, groups * group, unit))
-    batches, _ = pack_micro_batches(sequences, train, parallel, names, extras)
-    empty = collate([[]] * size, train.seq_length, 0, multiple, names, extras)
-    return batches + [empty] * (groups * group // size - len(batches))
-
-
-def window_length(lengths: np.ndarray, longest: int, multiple: int, windows: int, unit: int) -> int:
-    """Length at which sequences of `lengths` fill `windows` windows, in which they fit at length `longest`.
-
-    A multiple of `unit`, or `longest`. At most `LENGTHS` different ones, so that a GPU's memory is not split into
-    pieces of every size. `multiple` as in `pack`.
-    """
-    sizes, step = padded(lengths, multiple), unit * max(1, longest // (LENGTHS * unit))
-    least = max(int(sizes.max(initial=1)), -(-int(sizes.sum()) // windows))
-    tried = range(-(-least // step) * step, longest, step)
-    # A longer window may by bad luck need one more of them; the one found has been tried.
-    at = bisect_left(tried, True, key=lambda length: len(pack(lengths, length, multiple)) <= windows)
-    return tried[at] if at < len(tried) else longest
+    length, filled = windows.fill(groups * group)
+    filled += [[] for _ in range(groups * group - len(filled))]
+    parts = [filled[i : i + size] for i in range(0, len(filled), size)]
+    return [collate(part, length, 0, multiple, names, extras) for part in parts]
 
 
 def with_log_probs(batches: Sequence[TrainBatch], name: str, values: Sequence[torch.Tensor]) -> list[TrainBatch]:

@@ -213,7 +213,7 @@ class Rlvr:
         figures = AnswerFigures.of(everything, flat(everything, self.r), self.r).reduced(self._add_up)
         # By slot and not by number among those kept: a minibatch holds the same tasks in every layout.
         parts = [[g for g in kept if g.slot % self.r.minibatches == m] for m in range(self.r.minibatches)]
-        sequences = [answer_sequences(part, self.r) for part in parts]
+        sequences = [answer_sequences(part, self.r, self.policy.share) for part in parts]
         updated = self.policy.update(sequences, (step - 1) * self.r.minibatches + 1)
         work = (draw.tokens, draw.forward_passes, updated.score_tokens, updated.train_tokens, updated.tokens)
         summed = self._add_up(torch.tensor((*work, updated.loss_tokens), dtype=torch.float64))

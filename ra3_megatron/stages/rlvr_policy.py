@@ -12,12 +12,13 @@ import torch
 from ra3_megatron.algo.losses import PolicyLossConfig
 from ra3_megatron.checkpoint.capture import synchronise_parameters
 from ra3_megatron.checkpoint.weights import load_weights, read_done
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.data.batch import TrainBatch
 from ra3_megatron.data.packing import TrainSequence
 from ra3_megatron.data.sampler import WindowSampler
 from ra3_megatron.data.tokenizers import Tokenizer
-from ra3_megatron.model.factory import build_model, choose_layers
+from ra3_megatron.model.factory import LayerChoice, build_model, choose_layers
 from ra3_megatron.parallel.groups import seed_everything
 from ra3_megatron.parallel.phases import phase
 from ra3_megatron.rollout.completion import CompletionSettings
@@ -73,6 +74,19 @@ def loss_components(config: RunConfig) -> list[LossComponent]:
     return [replace(c, normaliser=ANSWERS) for c in found] if r.aggregation == "constant" else found
 
 
+def shares_prompts(config: RunConfig, layers: LayerChoice) -> bool:
+    """Whether a group's answers share their prompt in the update. Raises UserError where that was asked for and cannot
+    be.
+    """
+    wanted = config.rlvr.share_prompts
+    if wanted == "on" and layers.use_te:
+        raise UserError(
+            "rlvr.share_prompts is on and the layers are Transformer Engine's, whose attention cannot branch; set it "
+            "to auto or off, or model.layers=local"
+        )
+    return wanted != "off" and not layers.use_te
+
+
 @dataclass(frozen=True)
 class Updated:
     """What the updates of one step did."""
@@ -84,7 +98,7 @@ class Updated:
     train_tokens: int
     """Tokens trained on, padding included, on this replica."""
     tokens: int
-    """The same without padding."""
+    """Of prompts and answers, without padding; a prompt counts once for every answer."""
     loss_tokens: int
     """Tokens with a weight, on this replica."""
     score_seconds: float
@@ -99,8 +113,9 @@ class RlvrPolicy:
         self.config = training_config(context.config)
         self.weights = weights
         r, architecture = self.config.rlvr, context.architecture
-        context.say(f"model: {choose_layers(self.config.model).reason}, {self.config.model.precision}, "
-                    f"{self.parallel.device}")  # fmt: skip
+        layers = choose_layers(self.config.model)
+        context.say(f"model: {layers.reason}, {self.config.model.precision}, {self.parallel.device}")
+        self.share = shares_prompts(self.config, layers)
         components = loss_components(self.config)
         self.engine = TrainEngine(
             self.config,
@@ -181,7 +196,7 @@ class RlvrPolicy:
             tuple(results),
             score_tokens=scored,
             train_tokens=_padded(minibatches),
-            tokens=sum(len(s.ids) for s in sequences),
+            tokens=sum(s.unshared_tokens for s in sequences),
             loss_tokens=sum(int((s.weights[ACTION] != 0).sum()) for s in sequences),
             score_seconds=seconds,
         )

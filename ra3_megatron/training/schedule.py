@@ -19,6 +19,7 @@ from ra3_megatron.config.sections import TrainConfig
 from ra3_megatron.config.validate import sequence_multiple
 from ra3_megatron.data.batch import TrainBatch, collate, context_parallel_indices, context_parallel_slice
 from ra3_megatron.data.packing import Packing, TrainSequence, pack
+from ra3_megatron.model.attention import set_prefixes
 from ra3_megatron.model.factory import unwrap
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
@@ -204,10 +205,13 @@ def _some_logits(rows: Tensor, **given: Any) -> Tensor:
 def _packed(batch: TrainBatch, device: torch.device) -> PackedSeqParams:
     """Boundaries of the whole micro-batch; context-parallel attention derives its shard's from them."""
     cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
-    return PackedSeqParams(
+    params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
+    if batch.prefixes is not None:
+        set_prefixes(params, batch.prefixes)
+    return params

@@ -7,17 +7,16 @@ from hypothesis import strategies as st
 
 from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.sections import TrainConfig
-from ra3_megatron.data.packing import pack, padded
+from ra3_megatron.data.packing import TrainSequence, pack, padded
 from ra3_megatron.rollout.answer_figures import AnswerFigures
 from ra3_megatron.rollout.groups import (
     ANSWERS,
-    LENGTHS,
     AnswerGroup,
     answer_batches,
     answer_sequences,
     flat,
-    window_length,
 )
+from ra3_megatron.rollout.windows import LENGTHS, Windows
 from tests.unit.rollout.judged import answer, group, verdict
 
 
@@ -95,7 +94,12 @@ def test_windows_no_longer_than_needed(lengths, multiple, spare, longest) -> Non
     """Windows of the full length for the sake of a few tokens; one too short made a sequence too many."""
     sizes = np.array(lengths, dtype=np.int64)
     windows = len(pack(sizes, longest, multiple)) + spare or 1
-    found = window_length(sizes, longest, multiple, windows, 16 * multiple)
+    texts = [TrainSequence(np.zeros(n, np.int32), {}) for n in lengths]
+    made = Windows(texts, longest, multiple, 16 * multiple, 1)
+    assert made.fewest == len(pack(sizes, longest, multiple))
+    found, filled = made.fill(windows)
+    assert sorted(len(s.ids) for window in filled for s in window) == sorted(lengths)
+    assert all(padded(np.array([len(s.ids) for s in w]), multiple).sum() <= found for w in filled)
     assert found == longest or (found < longest and found % (16 * multiple) == 0)
     assert len(pack(sizes, found, multiple)) <= windows
     assert padded(sizes, multiple).sum() <= found * windows

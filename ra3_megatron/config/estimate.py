@@ -8,9 +8,15 @@ A test measures what autograd really saves; `benchmarks/gpu_memory.py` measures 
 from dataclasses import dataclass, replace
 
 from ra3_megatron.config.architecture import Architecture
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.ra3 import THINKING_ARMS
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import Layout
+
+GIB = 2**30
+
+POSITIONS = 16
+"""Positions of a cached row are a multiple of this: rows of masks then begin where a GPU's kernels want them to."""
 
 OUTSIDE_OF_TORCH = 1 << 30
 """Bytes left free on a device for what torch's allocator does not count (CUDA context, cuBLAS, NCCL) when the largest
@@ -178,12 +184,42 @@ def _weights_bytes(config: RunConfig, a: Architecture, layout: Layout, parameter
     return parameters * _element(config) + (copies if config.model.precision == "fp8" else 0)
 
 
+def cache_length(max_tokens: int) -> int:
+    """Positions of a cached row: its own, and one that padding is written to."""
+    return -(-(max_tokens + 1) // POSITIONS) * POSITIONS
+
+
+def row_bytes(layers: int, kv_heads: int, width: int, element: int, max_tokens: int) -> int:
+    """Keys and values of one row of rollouts on a process with so many layers and key heads."""
+    return 2 * layers * kv_heads * width * element * cache_length(max_tokens)
+
+
+def cached_rows(config: RunConfig, a: Architecture, layout: Layout) -> tuple[int, int]:
+    """Most rows of rollouts of a window each, and bytes of one on a rank; no rows where nothing is sampled here.
+
+    Raises UserError when `latent.cache_gib` does not hold one.
+    """
+    latent, tokens = config.latent, config.train.seq_length
+    draws = config.rlvr.steps or any(arm in THINKING_ARMS for arm in config.run.arms)
+    layers, heads = a.num_layers // layout.pipeline, a.num_kv_heads // layout.tensor
+    row = row_bytes(layers, heads, a.head_dim, _element(config), tokens)
+    if not draws or latent.engine != "megatron":
+        return 0, row
+    if latent.cache_gib is None:
+        return latent.max_batch, row
+    rows = int(latent.cache_gib * GIB) // row
+    if rows < 1:
+        raise UserError(
+            f"latent.cache_gib = {latent.cache_gib:g}; keys and values of one row of {tokens} tokens take "
+            f"{row / GIB:.3f} GiB; raise it, or shorten the rows (train.seq_length)"
+        )
+    return min(rows, latent.max_batch), row
+
+
 def cache_bytes(config: RunConfig, a: Architecture, layout: Layout) -> int:
-    """Keys and values of `latent.max_batch` rows of a window each, on one rank; 0 where nothing is sampled."""
-    if not (config.rlvr.steps or any(arm in THINKING_ARMS for arm in config.run.arms)):
-        return 0
-    width = a.num_kv_heads // layout.tensor * a.head_dim * (a.num_layers // layout.pipeline)
-    return 2 * _element(config) * config.latent.max_batch * (config.train.seq_length + 1) * width
+    """Keys and values of rollouts on one rank, at most; 0 where nothing is sampled here."""
+    rows, row = cached_rows(config, a, layout)
+    return rows * row
 
 
 def _has_second_model(config: RunConfig) -> bool:

@@ -42,7 +42,16 @@ class LatentConfig:
     chunk_tokens: int = 64
     """Most expert tokens of a row forced in by one forward pass; speed only."""
     max_batch: int = 64
-    """Rows of the rollout engine per replica; speed and memory of the key-value cache only."""
+    """Most rows of the rollout engine per replica; speed and memory of the key-value cache only."""
+    cache_gib: float | None = None
+    """Most memory of keys and values per process, GiB: fewer rows than `max_batch` where they do not fit; none = what
+    `cache_share` says on a GPU, no limit on a CPU. Not for `vllm`. Speed only."""
+    cache_share: float = 0.5
+    """On a GPU, without `cache_gib`: share of the memory that is free when the engine is made which keys and values may
+    take. Not for `vllm`. Speed only."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether rollouts' passes of one token per row are captured as CUDA graphs: `auto` = on a GPU, without tensor or
+    pipeline parallelism and experts; `on` refuses to start where that is not so. Not for `vllm`. Speed only."""
     engine: Literal["megatron", "vllm"] = "megatron"
     """Where rollouts run: in the training model itself, or in vLLM (extra `vllm`, a GPU, no tensor or pipeline
     parallelism), which gets a copy of the weights after every update."""
@@ -54,10 +63,19 @@ class LatentConfig:
     def __post_init__(self) -> None:
         for name in ("max_latent_tokens", "chunk_tokens", "max_batch", "tokens_per_forward"):
             _at_least(f"latent.{name}", getattr(self, name), 1)
-        if not 0 < self.vllm_memory < 1:
-            raise UserError(f"latent.vllm_memory = {self.vllm_memory}; it is a share; set a value between 0 and 1")
+        for name in ("vllm_memory", "cache_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"latent.{name} = {getattr(self, name)}; it is a share; set a value between 0 and 1")
+        if self.cache_gib is not None and self.cache_gib <= 0:
+            raise UserError(f"latent.cache_gib = {self.cache_gib}; it must be above 0; none leaves it to cache_share")
         if self.temperature <= 0:
             raise UserError(f"latent.temperature = {self.temperature}; it must be above 0; 1 samples as trained")
+
+
+SPEED_ONLY = (
+    "chunk_tokens", "max_batch", "tokens_per_forward", "vllm_memory", "cache_gib", "cache_share", "cuda_graphs",
+)  # fmt: skip
+"""Fields of `LatentConfig` that do not change what is drawn."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ No path materialises the scores, and no path repeats keys and values for grouped
 laid next to its one key head and the kernel reads that head again through a stride of zero.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,10 +16,67 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 _LAYOUT = "_ra3_layout"
 _PREFIXES = "_ra3_prefixes"
+
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""Later releases of torch want grouped queries announced."""
+
+
+def packed_attention_here(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether `packed_attention` runs: torch's flash attention, on a GPU from Ampere on, in half precision."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Causal attention of many runs of tokens in one call; the last query of a run sees all of its keys.
+
+    `q` [tq, heads, d], `k`, `v` [tk, kv_heads, d], runs one after the other; `queries`, `keys` int32 [runs + 1]: where
+    each run begins, and the end; `most_queries`, `most_keys`: longest run. Returns [tq, heads, d]. Differentiable.
+    """
+    found = varlen_attn(q, k, v, queries, keys, most_queries, most_keys, scale=scale, window_size=(-1, 0), **_GROUPED)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+@dataclass(frozen=True)
+class SeenKeys:
+    """Keys of all sequences of a window one after the other, each with its beginning before its own."""
+
+    index: torch.Tensor
+    """int64 [keys]: which token of the window."""
+    starts: torch.Tensor
+    """int32 [sequences + 1]: where those of each sequence begin, and the end."""
+    longest: int
+    """Most keys of a sequence."""
+
+
+def _seen(boundaries: list[int], prefixes: tuple[int, ...] | None, device: torch.device) -> SeenKeys | None:
+    if prefixes is None:
+        return None
+    ranges = [torch.arange(a, b) for a, b in pairwise(boundaries)]
+    parts = [torch.cat((ranges[p], own)) if p >= 0 else own for p, own in zip(prefixes, ranges, strict=True)]
+    lengths = torch.tensor([0, *(len(p) for p in parts)], dtype=torch.int32)
+    return SeenKeys(torch.cat(parts).to(device), lengths.cumsum(0).int().to(device), int(lengths.max()))
 
 
 @dataclass(frozen=True)
@@ -27,10 +85,14 @@ class PackedLayout:
 
     lengths: tuple[int, ...]
     """Padded length of every sequence over all context-parallel ranks, tokens."""
+    starts: torch.Tensor
+    """int32 [sequences + 1] on the device: where each of them begins, and the end."""
     order: torch.Tensor | None
     """Under context parallelism, where each token of the window lies in the keys gathered rank by rank."""
     prefixes: tuple[int, ...] | None = None
     """Per sequence, which one before it is its beginning, -1 where none; None = all stand alone."""
+    seen: "SeenKeys | None" = None
+    """What each sequence sees, where some have beginnings and all are computed in one call."""
     masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
     """Masks of sequences with a beginning by number of queries and keys, made in the first layer."""
 
@@ -117,6 +179,16 @@ class SDPACoreAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
     ) -> torch.Tensor:
         _check_length(query.shape[0], sum(layout.lengths))
+        if packed_attention_here(query.device, query.dtype, query.shape[-1]):
+            longest, seen = max(layout.lengths), layout.seen
+            if seen is None:
+                return packed_attention(
+                    query, key, value, layout.starts, layout.starts, longest, longest, self.softmax_scale
+                )
+            key, value = key.index_select(0, seen.index), value.index_select(0, seen.index)
+            return packed_attention(
+                query, key, value, layout.starts, seen.starts, longest, seen.longest, self.softmax_scale
+            )
         lengths = list(layout.lengths)
         runs = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
         if layout.prefixes is None:
@@ -225,7 +297,8 @@ def packed_layout(params: PackedSeqParams, cp_size: int) -> PackedLayout:
                 f"found lengths {odd[:5]}"
             )
         order = _token_order(lengths, cp_size).to(cu.device)
-    layout = PackedLayout(lengths, order, prefixes_of(params))
+    prefixes = prefixes_of(params)
+    layout = PackedLayout(lengths, cu.int(), order, prefixes, _seen(boundaries, prefixes, cu.device))
     setattr(params, _LAYOUT, layout)
     return layout
 

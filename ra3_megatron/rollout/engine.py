@@ -7,7 +7,7 @@ what it computed; `rollback` shortens one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -68,19 +68,26 @@ class EngineCounters:
     """Tokens fed into them, padding left out."""
     rolled_back: int = 0
     """Tokens fed whose result was thrown away by a rollback."""
+    decode_passes: int = 0
+    """Passes in which every row went on by a token and asked the same question."""
+    graph_passes: int = 0
+    """Of these: replays of a CUDA graph."""
+    ordinary: dict[str, int] = field(default_factory=dict)
+    """Steps that were no decode pass, by reason."""
 
 
 class RolloutEngine(Protocol):
     """Rows of tokens under a language model. All processes of a model replica make the same calls and get the same.
 
     `max_batch`: rows that may be open at once; `max_tokens`: tokens a row may have; `weights_version`: of which weights
-    the answers are.
+    the answers are; `description`: one line for the log.
     """
 
     max_batch: int
     max_tokens: int
     weights_version: int
     counters: EngineCounters
+    description: str
 
     def open(self, ids: Sequence[int]) -> int:
         """Start a row with at least one id; returns its handle. Raises UserError when no room is left."""

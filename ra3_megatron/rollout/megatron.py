@@ -6,32 +6,30 @@ and tells the others. A row's last token stays out of the cache until its succes
 predicted in the same pass that scores the next forced tokens, and a rollback costs one token.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from ra3_megatron.algo.logprobs import token_log_probs
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.estimate import cache_length
 from ra3_megatron.model.factory import unwrap
-from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
-from ra3_megatron.rollout.cache import SPARSE, ChunkCache, Layout, Run
+from ra3_megatron.rollout.decode import GAPS, DecodeBatch, DecodeRunner
 from ra3_megatron.rollout.engine import Answer, EngineCounters, Extend
-from ra3_megatron.rollout.sampling import LocalSet, answer_queries
-from ra3_megatron.training.schedule import vocabulary_shard, whole_hidden
+from ra3_megatron.rollout.forward import Forward
+from ra3_megatron.rollout.graphs import GraphStore, use_graphs
+from ra3_megatron.rollout.layout import SPARSE, Run
+from ra3_megatron.rollout.passes import ANSWERS, LOGIT_ROWS, Pass, run_pass
+from ra3_megatron.rollout.sampling import LocalSet
+from ra3_megatron.training.schedule import vocabulary_shard
 
-LOGIT_ROWS = 1024
-"""Tokens whose logits exist at once; bounds memory, 0.6 GB in fp32 at a vocabulary of 152 k."""
+log = logging.getLogger(__name__)
 
-FP8_TOKENS = 16
-"""FP8 matrix products want a multiple of this many tokens."""
+NOTHING = np.zeros(0)
 
 
 @dataclass
@@ -41,28 +39,14 @@ class _Row:
     cached: int = 0
 
 
-@dataclass
-class _Pass:
-    """One forward pass: runs of rows, and what is asked of the logits at which of its tokens."""
-
-    runs: list[Run] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    scored: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    scored_to: list[int] = field(default_factory=list)
-    asked: list[int] = field(default_factory=list)
-    sets: list[int] = field(default_factory=list)
-    uniforms: list[float] = field(default_factory=list)
-    top_p: list[float] = field(default_factory=list)
-    asked_to: list[int] = field(default_factory=list)
-
-
 class MegatronEngine:
     """See `RolloutEngine`. `chunks` are the model's chunks, wrapped or not; after each call they are as before, but
     in evaluation mode.
 
     Memory: `max_batch` x (`max_tokens` + 1) keys and values per layer, see `cache_bytes`. A `step` with more than
-    `tokens_per_forward` new tokens is cut into several forward passes.
+    `tokens_per_forward` new tokens is cut into several forward passes. One in which every row goes on by a token and
+    asks the same is a decode pass (`DecodeRunner`); `cuda_graphs` says whether these are captured: "auto" where it is
+    possible, "on" (a UserError where it is not), "off".
     After the weights change, set `weights_version`; it is refused while rows are open.
     """
 
@@ -75,6 +59,7 @@ class MegatronEngine:
         max_tokens: int,
         tokens_per_forward: int = 8192,
         weights_version: int = 0,
+        cuda_graphs: str = "auto",
     ) -> None:
         if parallel.sizes.context > 1:
             raise UserError(
@@ -96,21 +81,24 @@ class MegatronEngine:
         self.counters = EngineCounters()
         self._tokens_per_forward = tokens_per_forward
         self._version = weights_version
-        self._chunks = list(chunks)
+        self._forward = Forward(chunks, parallel, max_batch, cache_length(max_tokens))
         self._parallel = parallel
-        self._config: Any = unwrap(chunks[0]).config
-        self._caches = [ChunkCache(c, max_batch, max_tokens + 1, parallel.device) for c in chunks]
         self._rows: dict[int, _Row] = {}
         self._free = list(range(max_batch - 1, -1, -1))
         self._next_row = 0
-        sizes = parallel.sizes
-        self._columns = unwrap(chunks[-1]).vocab_size // sizes.tensor
+        self._columns = unwrap(chunks[-1]).vocab_size // parallel.sizes.tensor
         self._vocab = vocabulary_shard(chunks, architecture, parallel)
         self._sets: list[LocalSet] = []
         self._set_numbers: dict[bytes, int] = {}
-        self._replica = parallel.group("mp")
-        assert self._replica.rank == parallel.pipeline_rank * sizes.tensor + parallel.tensor_rank, "order of the group"
-        self._answerer = self._replica.ranks[(sizes.pipeline - 1) * sizes.tensor]
+        captured, how = use_graphs(cuda_graphs, parallel, self._forward.config, chunks)
+        graphs = GraphStore(self._forward, cuda_graphs == "on") if captured else None
+        self._decoder = DecodeRunner(self._forward, self._sets, self._vocab, graphs, rounded=captured)
+        self.description = (
+            f"rollouts: {max_batch} rows of {max_tokens} tokens, {self.cache_bytes / 2**30:.2f} GiB of keys and values "
+            f"per process; decode passes {how}"
+        )
+        """One line for the log."""
+        log.info("%s", self.description)
 
     # ---------------------------------------------------------------- rows
 
@@ -126,11 +114,12 @@ class MegatronEngine:
                 f"{len(self._rows)} rows are open: what is cached is of the old weights; close them first"
             )
         self._version = version
+        self._forward.weights_changed()
 
     @property
     def cache_bytes(self) -> int:
         """Memory of this process's keys and values."""
-        return sum(c.bytes for c in self._caches)
+        return sum(c.bytes for c in self._forward.caches)
 
     def open(self, ids: Sequence[int]) -> int:
         """See `RolloutEngine.open`; nothing is computed yet."""
@@ -150,7 +139,7 @@ class MegatronEngine:
         number = self.open(source.ids[:length])
         target = self._rows[number]
         target.cached = min(source.cached, length - 1)
-        for cache in self._caches:
+        for cache in self._forward.caches:
             cache.copy(source.slot, target.slot, target.cached)
         return number
 
@@ -185,15 +174,15 @@ class MegatronEngine:
             self._sets.append(LocalSet.of(unique, self._vocab, self._columns, self._parallel.device))
         return self._set_numbers[key]
 
-    def _move_together(self) -> None:
-        """Move rows down into free slots where they lie too far apart for one slice of the cache."""
-        rows = sorted(self._rows.values(), key=lambda r: r.slot)
-        if not rows or rows[-1].slot < SPARSE * len(rows):
+    def _move_together(self, sparse: float) -> None:
+        """Move rows down into free slots where they take more than `sparse` slots each."""
+        if max((r.slot for r in self._rows.values()), default=-1) < sparse * len(self._rows):
             return
+        rows = sorted(self._rows.values(), key=lambda r: r.slot)
         for row, target in zip(reversed(rows), sorted(self._free), strict=False):
             if target > row.slot:
                 break
-            for cache in self._caches:
+            for cache in self._forward.caches:
                 cache.copy(row.slot, target, row.cached)
             self._free.remove(target)
             self._free.append(row.slot)
@@ -211,19 +200,77 @@ class MegatronEngine:
             raise UserError(f"temperature {temperature}; it divides the logits; use a number above 0")
         assert len({e.row for e in extends}) == len(extends), "a row can be extended once per step"
         self._parallel.mark("rollout")
-        self._move_together()
+        batch = self._decode_batch(extends)
+        if isinstance(batch, DecodeBatch):
+            return self._decode(extends, batch, temperature)
+        self.counters.ordinary[batch] = self.counters.ordinary.get(batch, 0) + 1
+        self._move_together(SPARSE)
         scores = np.full(sum(len(e.ids) for e in extends), np.nan)
         answers = np.full((3, sum(len(e.queries) for e in extends)), np.nan)
         for plan in self._plan(extends):
-            values = self._run(plan, temperature)
+            self.counters.forward_passes += 1
+            self.counters.tokens += len(plan.ids)
+            values = run_pass(self._forward, plan, self._sets, self._vocab, temperature)
             n, m = len(plan.scored), len(plan.asked)
             scores[plan.scored_to] = values[:n]
-            answers[:, plan.asked_to] = values[n:].reshape(3, m)
+            answers[:, plan.asked_to] = values[n:].reshape(ANSWERS, m)[:3]
         return self._finish(extends, scores, answers)
 
-    def _plan(self, extends: Sequence[Extend]) -> list[_Pass]:
+    def _decode_batch(self, extends: Sequence[Extend]) -> DecodeBatch | str:
+        """The decode pass that is asked for, or why it is none; rows are moved together for it."""
+        if not extends:
+            return "nothing asked"
+        rows, uniforms, kinds = [], [], set()
+        for extend in extends:
+            row = self._rows[extend.row]
+            if len(extend.queries) != 1 or extend.ids or row.cached != len(row.ids) - 1:
+                return "tokens are read or forced"
+            query = extend.queries[0]
+            assert query.offset == 0, "a query outside of the new tokens"
+            rows.append(row)
+            uniforms.append(np.nan if query.uniform is None else query.uniform)
+            kinds.add((query.token_set, query.top_p))
+        if len(kinds) > 1:
+            return "different questions"
+        if len(rows) > min(self._tokens_per_forward, LOGIT_ROWS):
+            return "more rows than a pass takes"
+        self._move_together(1.0)
+        slots = np.array([r.slot for r in rows])
+        if slots.max() >= GAPS * len(rows):
+            return "few of the open rows"
+        for row, extend in zip(rows, extends, strict=True):
+            self._check_length(len(row.ids) + extend.append)
+        ((number, top_p),) = kinds
+        return DecodeBatch(
+            slots,
+            np.array([r.ids[-1] for r in rows]),
+            np.array([len(r.ids) - 1 for r in rows]),
+            np.array(uniforms, dtype=np.float64),
+            number,
+            top_p,
+        )
+
+    def _decode(self, extends: Sequence[Extend], batch: DecodeBatch, temperature: float) -> list[Answer]:
+        counters, graphs = self.counters, self._decoder.graphs
+        counters.forward_passes += 1
+        counters.decode_passes += 1
+        counters.tokens += len(extends)
+        masses, drawn, log_probs = self._decoder.run(batch, temperature)
+        counters.graph_passes = graphs.replays if graphs else 0
+        ids = drawn.astype(np.int64)
+        answers = []
+        for i, (extend, token) in enumerate(zip(extends, ids.tolist(), strict=True)):
+            if extend.append:
+                assert token >= 0, "nothing to append: no uniform, or a set of probability 0"
+                row = self._rows[extend.row]
+                row.cached = len(row.ids)
+                row.ids.append(token)
+            answers.append(Answer(NOTHING, masses[i : i + 1], ids[i : i + 1], log_probs[i : i + 1]))
+        return answers
+
+    def _plan(self, extends: Sequence[Extend]) -> list[Pass]:
         """Cut the new tokens of all rows into forward passes; answers go to their place by number."""
-        passes = [_Pass()]
+        passes = [Pass()]
         score_at = ask_at = 0
         for extend in extends:
             self._check_length(len(self._rows[extend.row].ids) + len(extend.ids) + extend.append)
@@ -241,7 +288,7 @@ class MegatronEngine:
                 plan = passes[-1]
                 room = self._tokens_per_forward - len(plan.ids)
                 if room == 0:
-                    passes.append(_Pass())
+                    passes.append(Pass())
                     continue
                 start, end = row.cached, min(stop, row.cached + room)
                 base = len(plan.ids) - start - 1  # token p of the row is asked at base + p of the pass
@@ -276,95 +323,3 @@ class MegatronEngine:
             out.append(answer)
             score_at, ask_at = score_at + s, ask_at + q
         return out
-
-    # ---------------------------------------------------------------- one forward pass
-
-    def _run(self, plan: _Pass, temperature: float) -> np.ndarray:
-        """All processes: run the pass; returns log-probs of the scored, then three rows for the asked."""
-        device, sizes = self._parallel.device, self._parallel.sizes
-        multiple = (sizes.tensor if sizes.sequence else 1) * (FP8_TOKENS if self._config.fp8 else 1)
-        padding = -len(plan.ids) % multiple
-        layout = Layout(plan.runs, padding, self.max_tokens, device, self._config.params_dtype)
-        ids = torch.tensor(plan.ids + [0] * padding, device=device).unsqueeze(0)
-        self.counters.forward_passes += 1
-        self.counters.tokens += len(plan.ids)
-        shared = self._replica.size > 1
-        with ExitStack() as stack:
-            stack.enter_context(explain_timeouts(self._replica, "rollout") if shared else nullcontext())
-            for cache in self._caches:
-                stack.enter_context(cache.plugged_in(layout))
-            values = self._stages(plan, ids, layout, temperature)
-            if shared:
-                dist.broadcast(values, src=self._answerer, group=self._parallel.pg_collection.mp)
-        return values.cpu().numpy()
-
-    def _stages(self, plan: _Pass, ids: Tensor, layout: Layout, temperature: float) -> Tensor:
-        """Pipeline stages in turn; the answers on the last, room for them on the others."""
-        sizes, rank = self._parallel.sizes, self._parallel.pipeline_rank
-        group = self._parallel.pg_collection.pp
-        ranks = dist.get_process_group_ranks(group)
-        total = sizes.pipeline * (sizes.virtual_pipeline or 1)
-        values = torch.empty(len(plan.scored) + 3 * len(plan.asked), dtype=torch.float64, device=ids.device)
-        local = ids.size(1) // (sizes.tensor if sizes.sequence else 1)
-
-        def process(**given: Any) -> Tensor:
-            return self._answers(plan, given, temperature)
-
-        for stage in range(total):
-            if stage % sizes.pipeline != rank:
-                continue
-            chunk = self._chunks[stage // sizes.pipeline]
-            if stage:
-                hidden = torch.empty(
-                    local, 1, self._config.hidden_size, dtype=self._config.pipeline_dtype, device=ids.device
-                )
-                dist.recv(hidden, src=ranks[(stage - 1) % sizes.pipeline], group=group)
-                unwrap(chunk).set_input_tensor(hidden)
-            positions = layout.positions.unsqueeze(0)
-            output = chunk(input_ids=ids, position_ids=positions, attention_mask=None, output_processor=process)
-            if stage == total - 1:
-                values = output
-            else:
-                dist.send(output.contiguous(), dst=ranks[(stage + 1) % sizes.pipeline], group=group)
-        return values
-
-    def _answers(self, plan: _Pass, given: dict[str, Any], temperature: float) -> Tensor:
-        """From the last stage's hidden states to numbers; logits exist for a slice of the wanted tokens at a time."""
-        hidden, output = whole_hidden(given)
-        return self._reduce(plan, hidden[:, 0], output, temperature)
-
-    def _reduce(self, plan: _Pass, hidden: Tensor, output: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
-        device = hidden.device
-        scored, asked = np.array(plan.scored, dtype=np.int64), np.array(plan.asked, dtype=np.int64)
-        labels, numbers = torch.tensor(plan.labels, device=device), torch.tensor(plan.sets)
-        uniforms = torch.tensor(plan.uniforms, dtype=torch.float64, device=device)
-        top_p = torch.tensor(plan.top_p, dtype=torch.float64)
-        wanted = np.unique(np.concatenate((scored, asked)))
-        scores = torch.empty(len(scored), dtype=torch.float64, device=device)
-        answers = torch.empty(3, len(asked), dtype=torch.float64, device=device)
-        for start in range(0, len(wanted), LOGIT_ROWS):
-            part = wanted[start : start + LOGIT_ROWS]
-            logits = output(_rows(hidden, part).unsqueeze(1))[:, 0]
-            mine = np.flatnonzero((asked >= part[0]) & (asked <= part[-1]))
-            if len(mine):
-                to = torch.from_numpy(mine)
-                there = to.to(device)
-                asked_logits = _rows(logits, np.searchsorted(part, asked[mine]))
-                drawn = answer_queries(
-                    asked_logits, self._sets, numbers[to], uniforms[there], self._vocab, temperature, top_p[to]
-                )
-                answers[:, there] = torch.stack((drawn.log_masses, drawn.ids.double(), drawn.log_probs))
-            mine = np.flatnonzero((scored >= part[0]) & (scored <= part[-1]))
-            if len(mine):
-                there = torch.from_numpy(mine).to(device)
-                # The logits' last use, so their memory is free where they are not copied.
-                scored_logits = _rows(logits, np.searchsorted(part, scored[mine]))
-                scores[there] = token_log_probs(scored_logits, labels[there], self._vocab, consume=True).double()
-        return torch.cat((scores, answers.view(-1)))
-
-
-def _rows(x: Tensor, index: np.ndarray) -> Tensor:
-    """Rows `index` of `x`; no copy where these are all of them in order."""
-    if len(index) == len(x) and (index == np.arange(len(x))).all():
-        return x
-    return x[torch.from_numpy(index).to(x.device)]

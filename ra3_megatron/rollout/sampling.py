@@ -18,8 +18,10 @@ BLOCK = 256
 """Columns that are summed before anything is cumulated: a cumulative sum costs a hundred times a sum."""
 
 CANDIDATES = 64
-"""Most probable ids a process looks at first for a draw from a part of the distribution; four times more while they do
-not hold it."""
+"""Most probable ids a process looks at first for a draw from a part of the distribution."""
+
+MORE = 4
+"""So many times more of them are looked at while they do not hold that part."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,12 @@ def _last_positive(cumulative: Tensor) -> Tensor:
 
 
 def _pick(cumulative: Tensor, target: Tensor) -> Tensor:
-    """First index whose cumulative weight exceeds `target` [rows]; rounding cannot leave the positive weights."""
+    """First index whose cumulative weight exceeds `target` [rows]; rounding cannot leave the positive weights.
+
+    Some index even where weights are NaN: reading past the end would end a GPU's process without a word of why.
+    """
     found = torch.searchsorted(cumulative, target.unsqueeze(1), right=True)
-    return torch.minimum(found, _last_positive(cumulative)).squeeze(1)
+    return torch.minimum(found, _last_positive(cumulative)).squeeze(1).clamp_(max=cumulative.size(1) - 1)
 
 
 def _blocks(weights: Tensor) -> Tensor:
@@ -111,40 +116,111 @@ class _Cumulated:
         self._bounds = _blocks(weights).cumsum(1)
 
     @property
+    def empty(self) -> bool:
+        """Whether the set has no id here."""
+        return not self._weights.size(1)
+
+    @property
     def mass(self) -> Tensor:
         """float64 [rows]"""
         bounds = self._bounds
         return bounds[:, -1] if bounds.size(1) else bounds.new_zeros(len(bounds))
 
-    def pick(self, rows: Tensor, target: Tensor) -> Tensor:
-        """Column of the first weight at which the sum exceeds `target`, for some of the rows. int64 [rows]"""
-        bounds, width = self._bounds[rows], self._weights.size(1)
+    def pick(self, target: Tensor) -> Tensor:
+        """Place in the set of the first weight at which the sum exceeds `target` [rows]. int64 [rows]"""
+        bounds, width = self._bounds, self._weights.size(1)
         block = _pick(bounds, target).unsqueeze(1)
         before = torch.where(block > 0, bounds.gather(1, (block - 1).clamp(min=0)), 0.0).squeeze(1)
         columns = block * BLOCK + torch.arange(min(BLOCK, width), device=bounds.device)
-        weights = self._weights[rows.unsqueeze(1), columns.clamp(max=width - 1)].masked_fill(columns >= width, 0.0)
+        weights = self._weights.gather(1, columns.clamp(max=width - 1)).masked_fill(columns >= width, 0.0)
         return block.squeeze(1) * BLOCK + _pick(weights.double().cumsum(1), target - before)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Rows that ask about the same set in the same way."""
 
-    rows: Tensor
-    """int64 [rows of the part], on the device."""
+    rows: Tensor | None
+    """int64 [rows of the part], on the device; none = all there are."""
     local: LocalSet
+    """This process's part of the set."""
     top_p: float
+    """See `Query`."""
 
     def take(self, x: Tensor) -> Tensor:
-        """The part's rows of `x` [n, columns], not copied when they are all."""
-        return x if len(self.rows) == len(x) else x[self.rows]
+        """The part's rows of `x` [n, ...], not copied when they are all."""
+        return x if self.rows is None else x[self.rows]
 
 
-def _parts(numbers: Tensor, top_p: Tensor, sets: Sequence[LocalSet], device: torch.device) -> list[_Part]:
+def kinds_of(numbers: Sequence[int], top_p: Sequence[float]) -> list[tuple[np.ndarray, int, float]]:
+    """(rows, number of the set, `top_p`) of all that ask about the same set in the same way."""
     kinds: dict[tuple[int, float], list[int]] = {}
-    for row, kind in enumerate(zip(numbers.tolist(), top_p.tolist(), strict=True)):
+    for row, kind in enumerate(zip(numbers, top_p, strict=True)):
         kinds.setdefault(kind, []).append(row)
-    return [_Part(torch.tensor(rows, device=device), sets[n], p) for (n, p), rows in kinds.items()]
+    return [(np.array(rows), number, share) for (number, share), rows in kinds.items()]
+
+
+def _spread(parts: Sequence[Part], values: Sequence[Tensor], count: int) -> Tensor:
+    """Numbers of the parts' rows, [..., rows of the part] each, in the order of all rows, `[..., count]`."""
+    if parts and parts[0].rows is None:
+        return values[0]
+    out = values[0].new_zeros(*values[0].shape[:-1], count)
+    for part, found in zip(parts, values, strict=True):
+        out[..., part.rows] = found
+    return out
+
+
+def look(
+    logits: Tensor,
+    parts: Sequence[Part],
+    uniforms: Tensor,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    candidates: int = CANDIDATES,
+) -> Tensor:
+    """Masses of the parts' sets and draws from them by `uniforms` [n] (float64, NaN = none), float64 `[4, n]`.
+
+    log-masses; ids, -1 where nothing was or could be drawn; their log-probabilities, NaN there; and 1, or 0 where the
+    `candidates` most probable ids of each process were too few to draw from, so that more must be looked at. `parts`
+    are of at least one row and cover all. Nothing is read on the host: a CUDA graph may hold all of it.
+    """
+    x = _shifted(logits, shard, temperature)
+    weights = x.exp()
+    cumulated = [_Cumulated(p.local.select(p.take(weights))) for p in parts]
+    sums = torch.stack((_spread(parts, [c.mass for c in cumulated], len(x)), _blocks(weights).sum(1)))
+    shares = _gathered(sums, shard)
+    total, bounds = shares[:, 1].sum(0), shares[:, 0].cumsum(0)
+    mass = bounds[-1]
+    found = []
+    for part, cumulative in zip(parts, cumulated, strict=True):
+        own = part.take(x)
+        if part.top_p < 1:
+            column, mine, settled = _from_top(part, own, part.take(mass), part.take(uniforms), shard, candidates)
+        else:
+            column, mine = _from_all(part, cumulative, bounds, uniforms, shard)
+            settled = torch.ones_like(mine)
+        if own.size(1):
+            column = column.clamp(0, own.size(1) - 1)
+            values = own.gather(1, column.unsqueeze(1)).squeeze(1)
+        else:
+            values = own.new_zeros(len(own))
+        drawn = torch.stack(((column + shard.start).double(), values.double())).masked_fill(~mine, 0.0)
+        found.append(torch.cat((drawn, settled.unsqueeze(0).double())))
+    drawn = _spread(parts, found, len(x))
+    if shard.group is not None:
+        # All processes find the same about the candidates.
+        own_draws = drawn[:2].contiguous()
+        dist.all_reduce(own_draws, group=shard.group)
+        drawn = torch.cat((own_draws, drawn[2:]))
+    nothing = uniforms.isnan() | (mass == 0)
+    return torch.stack(
+        (
+            (mass / total).log(),
+            drawn[0].masked_fill(nothing, -1),
+            (drawn[1] - total.log()).masked_fill(nothing, torch.nan),
+            drawn[2].masked_fill(nothing, 1.0),
+        )
+    )
 
 
 def answer_queries(
@@ -161,33 +237,17 @@ def answer_queries(
     `logits` [n, columns of this process], `numbers` int64 [n] on the CPU, `uniforms` float64 [n] on the device, `top_p`
     float64 [n] on the CPU (none = 1, see `Query`).
     """
-    x = _shifted(logits, shard, temperature)
-    weights, device = x.exp(), x.device
-    parts = _parts(numbers, torch.ones(len(x)) if top_p is None else top_p, sets, device)
-    sums = torch.zeros(2, len(x), dtype=torch.float64, device=device)
-    sums[1] = _blocks(weights).sum(1)
-    cumulated = [_Cumulated(p.local.select(p.take(weights))) for p in parts]
-    for part, cumulative in zip(parts, cumulated, strict=True):
-        sums[0, part.rows] = cumulative.mass
-    shares = _gathered(sums, shard)
-    total, bounds = shares[:, 1].sum(0), shares[:, 0].cumsum(0)
-    found = torch.zeros(2, len(x), dtype=torch.float64, device=device)
-    for part, cumulative in zip(parts, cumulated, strict=True):
-        if part.top_p < 1:
-            column, mine = _from_top(part, part.take(x), bounds[-1], uniforms, shard)
-        else:
-            column, mine = _from_all(part, cumulative, bounds, uniforms, shard)
-        rows = part.rows[mine]
-        found[0, rows] = (column + shard.start).double()
-        found[1, rows] = x[rows, column].double()
-    if shard.group is not None:
-        dist.all_reduce(found, group=shard.group)
-    nothing = uniforms.isnan() | (bounds[-1] == 0)
-    return Drawn(
-        (bounds[-1] / total).log(),
-        found[0].long().masked_fill(nothing, -1),
-        (found[1] - total.log()).masked_fill(nothing, torch.nan),
-    )
+    shares = (torch.ones(len(logits)) if top_p is None else top_p).tolist()
+    parts = [
+        Part(torch.from_numpy(rows).to(logits.device), sets[number], share)
+        for rows, number, share in kinds_of(numbers.tolist(), shares)
+    ]
+    count = CANDIDATES
+    while True:
+        values = look(logits, parts, uniforms, shard, temperature, count)
+        if bool(values[3].all()):
+            return Drawn(values[0], values[1].long(), values[2])
+        count *= MORE
 
 
 def _gathered(x: Tensor, shard: VocabShard) -> Tensor:
@@ -200,47 +260,50 @@ def _gathered(x: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _from_all(
-    part: _Part, cumulative: _Cumulated, bounds: Tensor, uniforms: Tensor, shard: VocabShard
+    part: Part, cumulative: _Cumulated, bounds: Tensor, uniforms: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """Draws from a whole set. `bounds` float64 [processes, n]: mass of the set up to the end of each process.
 
-    Returns columns [draws of this process] and which rows of the part they are of, bool.
+    Returns columns, some number for draws of other processes, and which are of this one, bool; [rows of the part].
     """
-    own = bounds[:, part.rows]
-    target = uniforms[part.rows].nan_to_num(0.0) * own[-1]
-    rank = 0 if shard.group is None else shard.group.rank()
-    mine = (_pick(own.T.contiguous(), target) == rank) & (own[-1] > 0)
-    before = own[rank - 1] if rank else torch.zeros_like(target)
-    rows = mine.nonzero().squeeze(1)
-    if not len(rows):
-        return rows, mine
-    return part.local.column(cumulative.pick(rows, (target - before)[rows])), mine
+    own = bounds if part.rows is None else bounds[:, part.rows]
+    target = part.take(uniforms).nan_to_num(0.0) * own[-1]
+    mine = own[-1] > 0
+    if shard.group is not None:
+        rank = shard.group.rank()
+        mine &= _pick(own.T.contiguous(), target) == rank
+        target = target - own[rank - 1] if rank else target
+    if cumulative.empty:
+        return torch.zeros_like(target, dtype=torch.int64), torch.zeros_like(mine)
+    return part.local.column(cumulative.pick(target)), mine
 
 
-def _from_top(part: _Part, x: Tensor, mass: Tensor, uniforms: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def _from_top(
+    part: Part, x: Tensor, mass: Tensor, uniforms: Tensor, shard: VocabShard, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws from the most probable ids of a set, as `_from_all`; every process finds them among all candidates.
 
     Only the most probable ids of each process are exchanged: what it leaves out is no more probable than the least of
-    them, so the smallest set is known as soon as the ids above that hold enough. `x` [rows of the part, columns].
+    them, so the smallest set is known as soon as the ids above that hold enough. The third tensor says where they do,
+    bool. `x` [rows of the part, columns]; `mass`, `uniforms` of the part.
     """
-    wanted = part.top_p * mass[part.rows]
-    count = 1 if part.top_p == 0 else CANDIDATES
-    while True:
-        found = _candidates(part.local, x, count, shard)
-        weights = found.values.exp().double()
-        cumulative = weights.cumsum(1)
-        # The id that reaches the wanted mass is the last one.
-        last = torch.minimum((cumulative < wanted.unsqueeze(1)).sum(1, keepdim=True), _last_positive(cumulative))
-        if part.top_p == 0 or bool((found.values.gather(1, last) > found.left_out).all()):
-            break
-        count *= 4
+    found = _candidates(part.local, x, 1 if part.top_p == 0 else count, shard)
+    if not found.values.size(1):
+        return torch.zeros_like(mass, dtype=torch.int64), torch.zeros_like(mass) > 0, mass == 0
+    weights = found.values.exp().double()
+    cumulative = weights.cumsum(1)
+    # The id that reaches the wanted mass is the last one.
+    wanted = (part.top_p * mass).unsqueeze(1)
+    last = torch.minimum((cumulative < wanted).sum(1, keepdim=True), _last_positive(cumulative))
+    last = last.clamp_(max=weights.size(1) - 1)
+    settled = (found.values.gather(1, last) > found.left_out).squeeze(1)
     kept = torch.arange(weights.size(1), device=x.device) <= last
     ids, order = found.ids.masked_fill(~kept, torch.iinfo(torch.int64).max).sort(1)
     inside = weights.masked_fill(~kept, 0.0).gather(1, order).cumsum(1)
-    target = uniforms[part.rows].nan_to_num(0.0) * inside[:, -1]
+    target = uniforms.nan_to_num(0.0) * inside[:, -1]
     column = ids.gather(1, _pick(inside, target).unsqueeze(1)).squeeze(1) - shard.start
-    mine = (column >= 0) & (column < x.size(1)) & (mass[part.rows] > 0)
-    return column[mine], mine
+    mine = (column >= 0) & (column < x.size(1)) & (mass > 0)
+    return column, mine, settled if part.top_p else torch.ones_like(settled)
 
 
 @dataclass(frozen=True)

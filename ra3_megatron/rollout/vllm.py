@@ -64,6 +64,7 @@ class PromptEngine:
         self, model: ScoringModel, vocab_size: int, max_batch: int, max_tokens: int, weights_version: int
     ) -> None:
         self.max_batch, self.max_tokens = max_batch, max_tokens
+        self.description = f"rollouts: {max_batch} rows of {max_tokens} tokens in vLLM"
         self.counters = EngineCounters()
         self._model, self._vocab, self._version = model, VocabShard(0, vocab_size), weights_version
         self._rows: dict[int, list[int]] = {}

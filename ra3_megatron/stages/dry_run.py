@@ -10,9 +10,11 @@ from ra3_megatron.checkpoint.state import read_architecture
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.estimate import (
+    GIB,
     OUTSIDE_OF_TORCH,
     Kernels,
     MemoryEstimate,
+    cached_rows,
     estimate_memory,
     largest_micro_batch,
     parameters_per_rank,
@@ -101,6 +103,7 @@ def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: 
         ("tokens per step", f"{layout.tokens_per_step:,} = {t.global_batch_size} windows x {t.seq_length} tokens"),
         ("length", _length(config, layout)),
         *_rlvr_rows(config, layout),
+        *_rollout_rows(config, a, layout),
         (
             "compute",
             f"{a.flops_per_token(t.seq_length / 2) * layout.tokens_per_step:.3e} FLOPs per step "
@@ -158,6 +161,19 @@ def _rlvr_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
             f"tasks per replica and step, {r.minibatches} updates per step, lag up to {r.max_lag}",
         ),
     ]
+
+
+def _rollout_rows(config: RunConfig, a: Architecture, layout: Layout) -> list[tuple[str, str]]:
+    """Rows of the rollout engine, and what their keys and values take."""
+    latent, tokens = config.latent, config.train.seq_length
+    rows, row = cached_rows(config, a, layout)
+    if not rows:
+        return []
+    text = f"{rows * row / GIB:.2f} GiB of keys and values per process at most = {rows} rows x {tokens} tokens "
+    if latent.cache_gib is not None:
+        return [("rollouts", f"{text}(latent.max_batch {latent.max_batch}, cache_gib {latent.cache_gib:g})")]
+    share = f"on a GPU as many as {latent.cache_share:.0%} of the memory then free holds, latent.cache_share"
+    return [("rollouts", f"{text}(latent.max_batch; {share})")]
 
 
 def _length(config: RunConfig, layout: Layout) -> str:

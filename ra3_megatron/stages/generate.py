@@ -22,6 +22,7 @@ from ra3_megatron.checkpoint.weights import load_weights, read_done
 from ra3_megatron.config.control import PARTS_FOLDER, Interrupted, part_name
 from ra3_megatron.config.estimate import flops
 from ra3_megatron.config.files import atomic_write_text
+from ra3_megatron.config.ra3 import SPEED_ONLY
 from ra3_megatron.data.bootstrapped import SHARDS, join_shards, open_joined
 from ra3_megatron.data.infused import InfusedSnippet, Provenance, infused_table
 from ra3_megatron.data.prepare import PreparedCorpus
@@ -48,9 +49,6 @@ from ra3_megatron.stages.run_folder import StageFolder, new_attempt
 
 SAY_EVERY_S = 10.0
 """Seconds between lines of progress, at least."""
-
-_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward", "vllm_memory")
-"""Settings of `latent` that may change between resumes: finished shards stay."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class _Job:
 
     def _key(self, weights: str) -> str:
         """Names everything the content of the shards depends on, beyond rounding."""
-        latent = {k: v for k, v in vars(self.context.config.latent).items() if k not in _SPEED_ONLY}
+        latent = {k: v for k, v in vars(self.context.config.latent).items() if k not in SPEED_ONLY}
         s = self.settings
         body = [1, self.inputs.corpus.fingerprint, weights, s.seed, s.samples, s.resample, self.max_tokens, latent]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

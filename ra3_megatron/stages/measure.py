@@ -19,6 +19,7 @@ import numpy as np
 from ra3_megatron.checkpoint.weights import load_weights, read_done
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.files import atomic_write_text
+from ra3_megatron.config.ra3 import SPEED_ONLY
 from ra3_megatron.data.prepare import PreparedCorpus
 from ra3_megatron.evaluation.held_out import (
     FORMS,
@@ -61,8 +62,6 @@ _VERSION = 1
 
 _SELECTION = 20250925
 """Seed of the choice of snippets: the same in every run on a corpus, whatever `run.seed`."""
-
-_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward", "vllm_memory")
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ class _Job:
     def _key(self, weights: Path) -> str:
         """Names everything the scores depend on, beyond rounding."""
         c, parameters = self.context.config, read_done(weights)["parameters_sha256"]
-        latent = {k: v for k, v in vars(c.latent).items() if k not in _SPEED_ONLY}
+        latent = {k: v for k, v in vars(c.latent).items() if k not in SPEED_ONLY}
         body = [_VERSION, parameters, self.corpus.validation.fingerprint, self.ids, c.measure.samples, self.seed]
         body += [latent, self.max_tokens, c.model.precision]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

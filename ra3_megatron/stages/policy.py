@@ -9,6 +9,7 @@ from pathlib import Path
 from ra3_megatron.algo.losses import PolicyLossConfig
 from ra3_megatron.checkpoint.capture import synchronise_parameters
 from ra3_megatron.checkpoint.weights import load_weights, read_done
+from ra3_megatron.config.ra3 import SPEED_ONLY
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.data.prepare import PreparedCorpus
 from ra3_megatron.data.sampler import WindowSampler
@@ -26,9 +27,6 @@ from ra3_megatron.stages.context import Context
 from ra3_megatron.training.actions import ActionTable
 from ra3_megatron.training.components import decision_kl_component, policy_gradient_component
 from ra3_megatron.training.engine import TrainEngine
-
-_SPEED_ONLY = ("chunk_tokens", "max_batch", "tokens_per_forward", "vllm_memory")
-"""Settings of `latent` that change no rollout beyond rounding."""
 
 
 def training_config(config: RunConfig) -> RunConfig:
@@ -69,6 +67,7 @@ class Policy:
         self.rollouts = build_rollout_engine(
             self.config, self.engine.chunks, context.architecture, self.parallel, max_tokens
         )
+        context.say(self.rollouts.description)
 
     def _model(self, weights: Path | None) -> list:
         """The round's starting weights; where they are random, the same at every call."""
@@ -124,7 +123,7 @@ class Policy:
 
     def _settings(self, em_round: int, weights: Path | None) -> str:
         """Names what rollouts depend on besides their place: data, starting weights, sampling, training."""
-        latent = {k: v for k, v in vars(self.config.latent).items() if k not in _SPEED_ONLY}
+        latent = {k: v for k, v in vars(self.config.latent).items() if k not in SPEED_ONLY}
         start = "random" if weights is None else read_done(weights)["parameters_sha256"]
         train = self.config.train.seq_length
         body = [em_round, self.corpus.fingerprint, start, self.config.run.seed, train, latent]

@@ -129,6 +129,7 @@ class RlvrPolicy:
         # No row is longer than this, and the key-value cache is as long as the longest.
         self.longest_row = row = tasks.longest_prompt + r.max_tokens
         self.rollouts = build_rollout_engine(self.config, self.engine.chunks, architecture, self.parallel, row)
+        context.say(self.rollouts.description)
         self._others: dict[str, Sequence[torch.nn.Module]] = {}
         if r.correction == "decoupled":
             self._others["proximal_log_probs"] = self.engine.chunks

@@ -51,7 +51,7 @@ class Forward:
         self._replica = parallel.group("mp")
         sizes = parallel.sizes
         assert self._replica.rank == parallel.pipeline_rank * sizes.tensor + parallel.tensor_rank, "order of the group"
-        self._answerer = self._replica.ranks[(sizes.pipeline - 1) * sizes.tensor]
+        self._answerer = (sizes.pipeline - 1) * sizes.tensor
         self._stale = True
         self.generation = 0
         """How often the weights have changed, as passes have noticed."""
@@ -106,7 +106,7 @@ class Forward:
 
     def _tell(self, values: Tensor) -> None:
         if self._replica.size > 1:
-            dist.broadcast(values, src=self._answerer, group=self.parallel.pg_collection.mp)
+            dist.broadcast(values, group=self.parallel.pg_collection.mp, group_src=self._answerer)
 
     def _stages(self, ids: Tensor, layout: Layout, answer: Answerer, count: int) -> Outcome:
         """Pipeline stages in turn; the answers on the last, room for them on the others."""

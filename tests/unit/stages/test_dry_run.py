@@ -109,12 +109,30 @@ def test_sampling_and_a_second_model_are_counted(capsys):
     layout = resolve_layout(config, 1, architecture)
     memory = estimate_memory(config, architecture, layout)
     rows, width = config.latent.max_batch, architecture.num_kv_heads * architecture.head_dim
-    assert memory.cache == 2 * 4 * rows * (config.train.seq_length + 1) * width * architecture.num_layers
+    # 1024 tokens a row and one for padding, up to a multiple of 16.
+    assert config.train.seq_length == 1024
+    assert memory.cache == 2 * 4 * rows * 1040 * width * architecture.num_layers
     assert memory.frozen == memory.weights
     parts = memory.weights + memory.gradients + memory.optimizer + memory.activations
     assert memory.total == parts + memory.logits + memory.frozen + memory.cache
     dry_run(config, 1)
-    assert "key-value cache" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "key-value cache" in text
+    assert f"{rows} rows x 1024 tokens" in text
+
+
+def test_rows_follow_from_the_memory_they_may_take(capsys):
+    """More rows than `latent.cache_gib` holds were counted, or a budget for half a row was taken for one."""
+    path = next(p for p in CONFIGS if p.stem == "quickstart")
+    config = load_config(path, ["latent.cache_gib=0.05"])
+    architecture, _ = declared_architecture(config)
+    row = 2 * 4 * 1040 * architecture.num_kv_heads * architecture.head_dim * architecture.num_layers
+    fitting = int(0.05 * 2**30) // row
+    assert 1 < fitting < config.latent.max_batch
+    dry_run(config, 1)
+    assert f"{fitting} rows x 1024 tokens (latent.max_batch 64, cache_gib 0.05)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"latent\.cache_gib = 0\.0001.*one row of 1024 tokens"):
+        dry_run(load_config(path, ["latent.cache_gib=0.0001"]), 1)
 
 
 def test_world_that_does_not_fit_is_refused():

@@ -5,6 +5,7 @@ laid next to its one key head and the kernel reads that head again through a str
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -68,6 +69,22 @@ class SeenKeys:
     """int32 [sequences + 1]: where those of each sequence begin, and the end."""
     longest: int
     """Most keys of a sequence."""
+
+
+def all_sequences(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: "PackedLayout",
+    scale: float | None,
+    attend: Callable[..., torch.Tensor] = packed_attention,
+) -> torch.Tensor:
+    """Attention of a whole window in one call of `attend`; `[t, heads, d]`."""
+    starts, longest = layout.starts, max(layout.lengths)
+    if layout.seen is None:
+        return attend(query, key, value, starts, starts, longest, longest, scale)
+    key, value = key.index_select(0, layout.seen.index), value.index_select(0, layout.seen.index)
+    return attend(query, key, value, starts, layout.seen.starts, longest, layout.seen.longest, scale)
 
 
 def _seen(boundaries: list[int], prefixes: tuple[int, ...] | None, device: torch.device) -> SeenKeys | None:
@@ -180,15 +197,7 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         _check_length(query.shape[0], sum(layout.lengths))
         if packed_attention_here(query.device, query.dtype, query.shape[-1]):
-            longest, seen = max(layout.lengths), layout.seen
-            if seen is None:
-                return packed_attention(
-                    query, key, value, layout.starts, layout.starts, longest, longest, self.softmax_scale
-                )
-            key, value = key.index_select(0, seen.index), value.index_select(0, seen.index)
-            return packed_attention(
-                query, key, value, layout.starts, seen.starts, longest, seen.longest, self.softmax_scale
-            )
+            return all_sequences(query, key, value, layout, self.softmax_scale)
         lengths = list(layout.lengths)
         runs = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
         if layout.prefixes is None:

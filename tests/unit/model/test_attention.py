@@ -12,12 +12,15 @@ from ra3_megatron.config.sections import ModelConfig
 from ra3_megatron.model.attention import (
     SDPACoreAttention,
     _token_order,
+    all_sequences,
     context_parallel_share,
     packed_layout,
     packed_params,
+    set_prefixes,
 )
 from ra3_megatron.model.factory import build_transformer_config
 from tests.unit.model.hf_pairs import ARCHITECTURES
+from tests.unit.model.packed import slow_packed
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
@@ -121,3 +124,17 @@ def test_context_parallel_partition(cp, units):
         chunk = lengths[0] // (2 * cp)
         first = shares[0][: 2 * chunk].tolist()
         assert first == [*range(chunk), *range(lengths[0] - chunk, lengths[0])]
+
+
+@pytest.mark.parametrize("prefixes", [None, (-1, 0, 0, -1, 3)], ids=["alone", "with beginnings"])
+def test_a_window_in_one_call(attention, prefixes):
+    """As on a GPU: keys of a sequence's beginning left out, or in the wrong order, or those of another."""
+    lengths = (7, 4, 1, 12, 8)
+    params = packed_params(lengths, torch.device("cpu"))
+    if prefixes is not None:
+        del params._ra3_layout
+        set_prefixes(params, prefixes)
+    q, k, v = (t[:, 0] for t in _qkv(sum(lengths), sum(lengths), 1))
+    expected = attention(q, k, v, None, packed_seq_params=params)
+    found = all_sequences(q, k, v, packed_layout(params, 1), None, slow_packed)
+    torch.testing.assert_close(found.flatten(1), expected.flatten(1))

@@ -23,12 +23,16 @@ from ra3_megatron.parallel.groups import Parallel
 def layout(parallel: Parallel) -> dict[str, int]:
     """Parallel sizes as plain numbers; random states are put back only where these are the same."""
     sizes = parallel.sizes
+    # Left out where experts are not spread: checkpoints written before there were any know no such sizes.
+    expert_tensor = sizes.expert_tensor or sizes.tensor
+    spread = sizes.expert > 1 or expert_tensor != sizes.tensor
     return {
         "tensor": sizes.tensor,
         "pipeline": sizes.pipeline,
         "virtual_pipeline": sizes.virtual_pipeline or 1,
         "context": sizes.context,
         "data": sizes.data,
+        **({"expert": sizes.expert, "expert_tensor": expert_tensor} if spread else {}),
     }
 
 

@@ -190,7 +190,7 @@ def _chunk(unit: Unit, src: Source, arch: Architecture, dtype: torch.dtype, sums
         sums.add(unit, tensor, arch)
         return tensor
 
-    return ChunkToWrite(unit.key, shape, unit.layer, make)
+    return ChunkToWrite(unit.key, shape, unit.at, unit.axes(arch), make)
 
 
 def _check_finite(name: str, tensor: Tensor, where: str) -> None:

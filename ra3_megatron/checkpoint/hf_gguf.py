@@ -16,7 +16,7 @@ from gguf.quants import _type_traits as decodable
 from torch import Tensor
 
 from ra3_megatron.checkpoint.hf_mapping import EMBEDDING, LM_HEAD, Shape
-from ra3_megatron.config.architecture import FAMILIES, Architecture
+from ra3_megatron.config.architecture import FAMILIES, MIXTURES, Architecture
 from ra3_megatron.config.errors import UserError
 
 _OUTER = {
@@ -115,9 +115,11 @@ class GGUFFile:
 
     def _read_config(self) -> dict[str, Any]:
         family = self._field("general.architecture")
-        if family not in FAMILIES:
+        dense = [name for name in FAMILIES if name not in MIXTURES]
+        if family not in dense:
             raise UserError(
-                f"{self.where}: architecture '{family}' cannot be imported; choose a model of {', '.join(FAMILIES)}"
+                f"{self.where}: architecture '{family}' cannot be imported from GGUF; choose a model of "
+                f"{', '.join(dense)}, or the Hugging Face folder of this one"
             )
 
         def need(key: str) -> Any:

@@ -5,7 +5,7 @@ those of Transformer Engine's layer spec, where the norm in front of a projectio
 over TP and PP is none of this module's business: the full tensors are written once and every layout loads its part.
 
 Adding a family: add its row to `ra3_megatron.config.architecture.FAMILIES` and, where it differs, a rule to
-`layer_rules`.
+`layer_rules` or `expert_rules`.
 """
 
 from abc import ABC, abstractmethod
@@ -34,11 +34,12 @@ class Rule(ABC):
     """One Megatron tensor and the Hugging Face tensors it is made of."""
 
     megatron: str
-    """Megatron's name; inside a layer it comes after `decoder.layers.`."""
+    """Megatron's name; inside a layer it comes after `decoder.layers.`, inside an expert after the experts' prefix."""
 
     @abstractmethod
     def hf_shapes(self, arch: Architecture) -> dict[str, Shape]:
-        """Hugging Face name (inside a layer: after `model.layers.<i>.`) → shape, in the order `merge` wants them."""
+        """Hugging Face name (inside a layer: after `model.layers.<i>.`, inside an expert: after `mlp.experts.<i>.`) →
+        shape, in the order `merge` wants them."""
 
     @abstractmethod
     def shape(self, arch: Architecture) -> Shape:
@@ -106,17 +107,18 @@ class QKV(Rule):
 
 @dataclass(frozen=True)
 class GateUp(Rule):
-    """SwiGLU's gate and up projections, one above the other: `[2 · ffn, hidden]`."""
+    """SwiGLU's gate and up projections, one above the other: `[2 · ffn, hidden]`; `width` names ffn's field."""
 
     gate: str
     up: str
+    width: str = "ffn_hidden_size"
 
     def hf_shapes(self, arch: Architecture) -> dict[str, Shape]:
-        half = (arch.ffn_hidden_size, arch.hidden_size)
+        half = (_width(arch, self.width), arch.hidden_size)
         return {self.gate: half, self.up: half}
 
     def shape(self, arch: Architecture) -> Shape:
-        return (2 * arch.ffn_hidden_size, arch.hidden_size)
+        return (2 * _width(arch, self.width), arch.hidden_size)
 
     def merge(self, parts: Sequence[Tensor], arch: Architecture) -> Tensor:
         return torch.cat(tuple(parts))
@@ -136,16 +138,34 @@ def layer_rules(arch: Architecture) -> tuple[Rule, ...]:
         Rename("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", ("hidden_size",)),
         QKV("self_attention.linear_qkv.weight", "weight"),
         Rename("self_attention.linear_proj.weight", "self_attn.o_proj.weight", ("hidden_size", "attention")),
-        Rename("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ("hidden_size",)),
-        GateUp("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        Rename("mlp.linear_fc2.weight", "mlp.down_proj.weight", ("hidden_size", "ffn_hidden_size")),
     ]
+    if arch.num_experts:
+        # The router sees the normalised tokens too, so that the norm belongs to no projection.
+        rules += [
+            Rename("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", ("hidden_size",)),
+            Rename("mlp.router.weight", "mlp.gate.weight", ("num_experts", "hidden_size")),
+        ]
+    else:
+        rules += [
+            Rename("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ("hidden_size",)),
+            GateUp("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            Rename("mlp.linear_fc2.weight", "mlp.down_proj.weight", ("hidden_size", "ffn_hidden_size")),
+        ]
     if arch.qkv_bias:
         rules.append(QKV("self_attention.linear_qkv.bias", "bias"))
     if arch.qk_norm:
         rules.append(Rename("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", ("head_dim",)))
         rules.append(Rename("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", ("head_dim",)))
     return tuple(rules)
+
+
+def expert_rules() -> tuple[Rule, ...]:
+    """Rules of one expert."""
+    width = "expert_ffn_hidden_size"
+    return (
+        GateUp("linear_fc1.weight", "gate_proj.weight", "up_proj.weight", width),
+        Rename("linear_fc2.weight", "down_proj.weight", ("hidden_size", width)),
+    )
 
 
 def outer_rules(arch: Architecture) -> tuple[Rule, ...]:
@@ -162,37 +182,73 @@ def outer_rules(arch: Architecture) -> tuple[Rule, ...]:
 
 @dataclass(frozen=True)
 class Unit:
-    """A rule at its place in the model: one Megatron tensor of one layer, or one outside the layers."""
+    """A rule at its place in the model: one Megatron tensor of one layer, of one expert of a layer, or outside."""
 
     rule: Rule
-    layer: int | None
+    layer: int | None = None
     """Layer index over the whole model, or None outside the layers."""
+    expert: int | None = None
+    """Expert index over the whole layer, or None outside the experts."""
+
+    @property
+    def _inside(self) -> str:
+        """Megatron's checkpoint key after the layer."""
+        return self.rule.megatron if self.expert is None else f"mlp.experts.experts.{self.rule.megatron}"
 
     @property
     def key(self) -> str:
-        """Megatron's checkpoint key; the layers of a key share one tensor with the layer as its first axis."""
-        return self.rule.megatron if self.layer is None else f"decoder.layers.{self.rule.megatron}"
+        """Megatron's checkpoint key; layers and experts of a key share one tensor with these as its first axes."""
+        return self._inside if self.layer is None else f"decoder.layers.{self._inside}"
+
+    @property
+    def layer_key(self) -> str:
+        """Key where every layer is stored by itself, which Megatron can do too."""
+        return self._inside if self.layer is None else f"decoder.layers.{self.layer}.{self._inside}"
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Place on the first axes of the tensor `key`."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
+
+    def axes(self, arch: Architecture) -> tuple[int, ...]:
+        """Lengths of these axes."""
+        return (arch.num_layers, arch.num_experts)[: len(self.at)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Megatron's parameter name in a whole model: of experts one after the other, or grouped."""
+        if self.expert is None:
+            return (self.layer_key,)
+        prefix = f"decoder.layers.{self.layer}.mlp.experts."
+        return (
+            f"{prefix}local_experts.{self.expert}.{self.rule.megatron}",
+            f"{prefix}{self.rule.megatron}{self.expert}",
+        )
 
     @property
     def name(self) -> str:
-        """Megatron's parameter name with the layer in it."""
-        return self.rule.megatron if self.layer is None else f"decoder.layers.{self.layer}.{self.rule.megatron}"
+        """What people are told."""
+        return self.names[0]
 
     def hf_shapes(self, arch: Architecture) -> dict[str, Shape]:
         """Full Hugging Face names → shapes."""
         prefix = "" if self.layer is None else f"model.layers.{self.layer}."
+        prefix += "" if self.expert is None else f"mlp.experts.{self.expert}."
         return {prefix + name: shape for name, shape in self.rule.hf_shapes(arch).items()}
 
 
 def units(arch: Architecture) -> Iterator[Unit]:
     """Every Megatron tensor of the model: embedding first, then layer by layer, then the rest."""
     first, *rest = outer_rules(arch)
-    yield Unit(first, None)
+    yield Unit(first)
     for layer in range(arch.num_layers):
         for rule in layer_rules(arch):
             yield Unit(rule, layer)
+        for expert in range(arch.num_experts):
+            for rule in expert_rules():
+                yield Unit(rule, layer, expert)
     for rule in rest:
-        yield Unit(rule, None)
+        yield Unit(rule)
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
@@ -207,7 +263,8 @@ def live_hf_tensors(parameters: Mapping[str, Tensor], arch: Architecture) -> Ite
     rule allows. Raises KeyError for a missing one.
     """
     for unit in units(arch):
-        tensor = parameters[unit.name].detach()
+        found = next((name for name in unit.names if name in parameters), unit.name)
+        tensor = parameters[found].detach()
         if unit.key in VOCABULARY_KEYS:
             tensor = tensor[: arch.vocab_size]
         yield from zip(unit.hf_shapes(arch), unit.rule.split(tensor, arch), strict=True)

@@ -1,9 +1,10 @@
 """Write and read Megatron's distributed checkpoint format tensor by tensor, without a model and without ranks.
 
 Megatron stores full tensors cut into chunks through `torch.distributed.checkpoint`; the layers of one kind form one
-tensor with the layer as first axis. Planning the chunks ourselves lets a conversion hold one tensor in memory instead
-of a model, and lets `torch.distributed` stay uninitialised. What is written is what `dist_checkpointing.load` expects:
-the tensors, Megatron's common state, and an empty extra state for each module that has one.
+tensor with the layer as first axis, their experts one with layer and expert. Planning the chunks ourselves lets a
+conversion hold one tensor in memory instead of a model, and lets `torch.distributed` stay uninitialised. What is
+written is what `dist_checkpointing.load` expects: the tensors, Megatron's common state, and an empty extra state for
+each module that has one.
 """
 
 import io
@@ -48,9 +49,11 @@ _EXTRA_STATE_MODULES = (
     "self_attention.core_attention",
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
+    "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_EXTRA_STATE_OF_EXPERTS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 """Modules of a layer that ask for an `_extra_state` when a checkpoint is loaded (FP8 scales; None without FP8).
 
 Which of them ask depends on the layer spec; an entry nobody asks for is never read.
@@ -63,9 +66,11 @@ class ChunkToWrite:
 
     key: str
     shape: tuple[int, ...]
-    """Shape of the chunk without the layer axis."""
-    layer: int | None
-    """Position on the layer axis, or None for a tensor without one."""
+    """Shape of the chunk without the axes of layers and experts."""
+    at: tuple[int, ...]
+    """Position on these axes; empty for a tensor without them."""
+    axes: tuple[int, ...]
+    """Lengths of these axes."""
     make: Callable[[], Tensor]
     """Returns the chunk, `shape`, in the checkpoint's dtype."""
 
@@ -73,11 +78,11 @@ class ChunkToWrite:
 class _StreamingSavePlanner(SavePlanner):
     """Plan from shapes alone; make each tensor when it is written."""
 
-    def __init__(self, chunks: Sequence[ChunkToWrite], objects: dict[str, Any], dtype: torch.dtype, layers: int):
+    def __init__(self, chunks: Sequence[ChunkToWrite], objects: dict[str, Any], dtype: torch.dtype):
         self._objects = objects
-        self._chunks: dict[tuple[str, int | None], ChunkToWrite] = {(c.key, c.layer): c for c in chunks}
+        self._chunks: dict[tuple[str, tuple[int, ...]], ChunkToWrite] = {(c.key, c.at): c for c in chunks}
+        self._axes = {c.key: len(c.axes) for c in chunks}
         self._dtype = dtype
-        self._layers = layers
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False, **kwargs: Any
@@ -87,10 +92,9 @@ class _StreamingSavePlanner(SavePlanner):
     def create_local_plan(self) -> SavePlan:
         items = [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects]
         for chunk in self._chunks.values():
-            stacked = chunk.layer is not None
-            size = torch.Size((self._layers, *chunk.shape) if stacked else chunk.shape)
-            sizes = torch.Size((1, *chunk.shape) if stacked else chunk.shape)
-            offsets = torch.Size((chunk.layer or 0, *(0 for _ in chunk.shape)) if stacked else [0] * len(chunk.shape))
+            size = torch.Size((*chunk.axes, *chunk.shape))
+            sizes = torch.Size((*(1 for _ in chunk.axes), *chunk.shape))
+            offsets = torch.Size((*chunk.at, *(0 for _ in chunk.shape)))
             items.append(
                 WriteItem(
                     index=MetadataIndex(chunk.key, offsets),
@@ -118,7 +122,7 @@ class _StreamingSavePlanner(SavePlanner):
         assert write_item.tensor_data is not None
         assert write_item.index.offset is not None
         fqn = write_item.index.fqn
-        chunk = self._chunks.get((fqn, None)) or self._chunks[(fqn, write_item.index.offset[0])]
+        chunk = self._chunks[fqn, tuple(write_item.index.offset[: self._axes[fqn]])]
         tensor = chunk.make()
         assert tuple(tensor.shape) == chunk.shape, (chunk.key, tensor.shape, chunk.shape)
         assert tensor.dtype == self._dtype, (chunk.key, tensor.dtype, self._dtype)
@@ -131,6 +135,11 @@ def _objects(arch: Architecture) -> dict[str, Any]:
     for module in _EXTRA_STATE_MODULES:
         for layer in range(arch.num_layers):
             objects[f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}"] = None
+    for module in _EXTRA_STATE_OF_EXPERTS:
+        for layer in range(arch.num_layers):
+            for expert in range(arch.num_experts):
+                shard = f"shard_{layer}.{expert}_{arch.num_layers}.{arch.num_experts}"
+                objects[f"decoder.layers.{module}._extra_state/{shard}"] = None
     return objects
 
 
@@ -140,7 +149,7 @@ def write_model(folder: Path, chunks: Sequence[ChunkToWrite], arch: Architecture
     An error of a chunk's `make`, or of the disk (OSError), comes out as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    planner = _StreamingSavePlanner(chunks, _objects(arch), dtype, arch.num_layers)
+    planner = _StreamingSavePlanner(chunks, _objects(arch), dtype)
     # Syncing is the caller's business: the folder still has a temporary name.
     writer = dcp.FileSystemWriter(str(folder), single_file_per_rank=True, sync_files=False)
     try:
@@ -220,14 +229,14 @@ class CheckpointTensors:
         assert isinstance(entry, TensorStorageMetadata)
         return entry
 
-    def read(self, key: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
-        """Read the leading `shape` of `key` (rows behind it are vocabulary padding), of one layer if it has layers.
+    def read(self, key: str, at: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Read the leading `shape` of `key` (rows behind it are vocabulary padding) at a place on its first axes.
 
         Raises UserError when the checkpoint's files are damaged.
         """
         entry = self._entry(key)
-        sizes = shape if layer is None else (1, *shape)
-        offsets = tuple(0 for _ in sizes) if layer is None else (layer, *(0 for _ in shape))
+        sizes = (*(1 for _ in at), *shape)
+        offsets = (*at, *(0 for _ in shape))
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [chunk])

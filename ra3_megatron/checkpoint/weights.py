@@ -79,10 +79,8 @@ class BackgroundSums:
 
 def _sums_of(unit: Unit, tensor: Tensor, arch: Architecture) -> ParameterSums:
     sums = ParameterSums()
-    if unit.layer is None:
-        sums.add(unit.key, tensor, [0] * tensor.dim(), tensor.shape)
-    else:
-        sums.add(unit.key, tensor[None], [unit.layer, *[0] * tensor.dim()], [arch.num_layers, *tensor.shape])
+    whole = [*unit.axes(arch), *tensor.shape]
+    sums.add(unit.key, tensor[(None,) * len(unit.at)], [*unit.at, *[0] * tensor.dim()], whole)
     return sums
 
 
@@ -101,19 +99,17 @@ class CheckpointModel:
         problems = []
         expected = set()
         for unit in units(self.architecture):
-            key, stacked = self._place(unit)
+            key, at = self._place(unit)
             expected.add(key)
-            shape = unit.rule.shape(self.architecture)
+            axes = unit.axes(self.architecture)
+            shape = (*axes[len(axes) - len(at) :], *unit.rule.shape(self.architecture))
             if key not in stored:
                 problems.append(f"{unit.name} is missing")
                 continue
-            found = stored[key][1:] if stacked else stored[key]
-            layers = stored[key][0] if stacked else self.architecture.num_layers
+            found = stored[key]
             padded = key in VOCABULARY_KEYS and found[0] >= shape[0]
-            if layers != self.architecture.num_layers or (found[1:] if padded else found) != (
-                shape[1:] if padded else shape
-            ):
-                problems.append(f"{unit.name} is {list(found)} in {layers} layers instead of {list(shape)}")
+            if (found[1:] if padded else found) != (shape[1:] if padded else shape):
+                problems.append(f"{unit.name}: {key} is {list(found)} instead of {list(shape)}")
         problems += [f"{key} is extra" for key in self._tensors.model_keys() if key not in expected]
         if problems:
             raise UserError(
@@ -121,11 +117,11 @@ class CheckpointModel:
                 f"{f' and {len(problems) - 8} more' if len(problems) > 8 else ''}; choose another checkpoint"
             )
 
-    def _place(self, unit: Unit) -> tuple[str, bool]:
-        """Key of a unit and whether it has a layer axis; Megatron can also store every layer under its own key."""
-        if unit.layer is not None and unit.name in self._tensors.shapes:
-            return unit.name, False
-        return unit.key, unit.layer is not None
+    def _place(self, unit: Unit) -> tuple[str, tuple[int, ...]]:
+        """Key of a unit and its place on the first axes; Megatron can also store every layer under its own key."""
+        if unit.layer_key in self._tensors.shapes:
+            return unit.layer_key, unit.at[1:]
+        return unit.key, unit.at
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,8 +130,8 @@ class CheckpointModel:
 
     def read(self, unit: Unit) -> Tensor:
         """One full Megatron tensor, without vocabulary padding."""
-        key, stacked = self._place(unit)
-        return self._tensors.read(key, unit.layer if stacked else None, unit.rule.shape(self.architecture))
+        key, at = self._place(unit)
+        return self._tensors.read(key, at, unit.rule.shape(self.architecture))
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and tensors, in the order of `hf_shapes`, in the stored dtype.

@@ -14,13 +14,18 @@ FAMILIES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """Model families with an own mapping: Hugging Face `model_type` → architecture class."""
+
+MIXTURES = ("qwen3_moe",)
+"""Families whose MLPs are mixtures of experts."""
 
 
 _NUMBERS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta",
+    "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "num_experts", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size",
 )  # fmt: skip
 """Fields of `config.json` that are numbers."""
 
@@ -41,10 +46,14 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only transformer with RMSNorm, SwiGLU, rotary positions and grouped-query attention."""
+    """Shape of a decoder-only transformer with RMSNorm, SwiGLU, rotary positions and grouped-query attention.
+
+    With experts, every layer's MLP is a mixture: a router picks some of them for each token, and none is ever dropped,
+    so that a log-probability depends on the sequence alone.
+    """
 
     family: str = "qwen2"
-    """`llama` (Llama 2, 3.x), `qwen2` (Qwen2, Qwen2.5) or `qwen3`."""
+    """`llama` (Llama 2, 3.x), `qwen2` (Qwen2, Qwen2.5), `qwen3` or `qwen3_moe`."""
     num_layers: int = 4
     """Transformer layers."""
     hidden_size: int = 192
@@ -56,7 +65,7 @@ class Architecture:
     head_dim: int = 32
     """Width of one head."""
     ffn_hidden_size: int = 512
-    """Width of the gated MLP."""
+    """Width of the gated MLP; of a mixture what config.json says of layers without experts: it has none such."""
     vocab_size: int = 4096
     """Rows of the embedding as in Hugging Face's config, before Megatron's padding."""
     tied_embeddings: bool = True
@@ -73,6 +82,14 @@ class Architecture:
     """Epsilon of every RMSNorm."""
     max_positions: int = 2048
     """Longest sequence the model is declared for, tokens."""
+    num_experts: int = 0
+    """Experts of every layer; 0 = a dense MLP."""
+    experts_per_token: int = 0
+    """Experts that see a token: those the router finds the most probable."""
+    expert_ffn_hidden_size: int = 0
+    """Width of one expert's gated MLP."""
+    norm_topk_prob: bool = False
+    """Whether the weights of a token's experts are made to sum to 1; else they are the router's probabilities."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -97,6 +114,39 @@ class Architecture:
             raise UserError(
                 f"model.architecture.head_dim ({self.head_dim}) is odd; rotary embeddings need an even width"
             )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        names = ("num_experts", "experts_per_token", "expert_ffn_hidden_size")
+        found = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+        if self.family not in MIXTURES:
+            if any(getattr(self, name) for name in names):
+                raise UserError(
+                    f"model.architecture of family {self.family} has {found}; only {', '.join(MIXTURES)} has experts; "
+                    "set these to 0"
+                )
+            return
+        if not 1 <= self.experts_per_token <= self.num_experts or self.expert_ffn_hidden_size < 1:
+            raise UserError(
+                f"model.architecture of family {self.family} has {found}; give at least one expert per token, no more "
+                "than there are, and their width"
+            )
+        if self.experts_per_token == 1 and self.norm_topk_prob:
+            raise UserError(
+                "model.architecture.experts_per_token is 1 with norm_topk_prob; the one weight would always be 1 and "
+                "the router would learn nothing; set norm_topk_prob to false"
+            )
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Weights of one layer's MLP: of all its experts, without the router."""
+        return 3 * self.hidden_size * (self.num_experts * self.expert_ffn_hidden_size or self.ffn_hidden_size)
+
+    @property
+    def inactive_parameters(self) -> int:
+        """Weights that one token does not meet: the experts that the router does not pick for it."""
+        idle = self.num_experts - self.experts_per_token
+        return self.num_layers * 3 * self.hidden_size * idle * self.expert_ffn_hidden_size
 
     @property
     def parameter_count(self) -> int:
@@ -106,7 +156,7 @@ class Architecture:
             attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         if self.qk_norm:
             attention += 2 * self.head_dim
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        layer = attention + self.mlp_parameters + self.num_experts * self.hidden_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -114,10 +164,13 @@ class Architecture:
         """Floating-point operations of forward and backward per token: 6 per matrix weight plus attention.
 
         `mean_attended` is the mean number of keys a query attends to (half the sequence length for causal attention).
-        The embedding look-up costs none; the output layer does, tied or not.
+        The embedding look-up costs none; the output layer does, tied or not. Of the experts, those of a token count.
         """
         matrices = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        matrices += 3 * self.hidden_size * self.ffn_hidden_size
+        matrices += (
+            3 * self.hidden_size * (self.experts_per_token * self.expert_ffn_hidden_size or self.ffn_hidden_size)
+        )
+        matrices += self.num_experts * self.hidden_size
         attention = 2 * 2 * self.num_heads * self.head_dim * mean_attended
         return 3 * (self.num_layers * (2 * matrices + attention) + 2 * self.hidden_size * self.vocab_size)
 
@@ -153,11 +206,12 @@ class Architecture:
                 vocab_size=config["vocab_size"],
                 tied_embeddings=bool(config.get("tie_word_embeddings", False)),
                 qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
-                qk_norm=family == "qwen3",
+                qk_norm=family in ("qwen3", "qwen3_moe"),
                 rope_base=_rope_base(config),
                 rope_scaling=_rope_scaling(config, where),
                 norm_eps=config.get("rms_norm_eps", 1e-6),
                 max_positions=config.get("max_position_embeddings", 2048),
+                **(_experts(config) if family in MIXTURES else {}),
             )
         except KeyError as missing:
             raise UserError(
@@ -207,6 +261,15 @@ class Architecture:
         }
         if self.family != "qwen2":
             config["attention_bias"] = self.qkv_bias
+        if self.num_experts:
+            config |= {
+                "num_experts": self.num_experts,
+                "num_experts_per_tok": self.experts_per_token,
+                "moe_intermediate_size": self.expert_ffn_hidden_size,
+                "norm_topk_prob": self.norm_topk_prob,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            }
         if self.rope_scaling is not None:
             config["rope_scaling"] = {
                 "rope_type": "llama3",
@@ -241,18 +304,35 @@ def _refuse_variants(config: dict[str, Any], family: str, where: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UserError(f"{where}: hidden_act '{activation}' is not supported; only 'silu' (SwiGLU) models are mapped")
-    if config.get("use_sliding_window") and (config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0)):
+    windows = config.get("use_sliding_window")
+    if windows and (family in MIXTURES or config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0)):
         raise UserError(f"{where}: use_sliding_window is true; sliding-window attention is not mapped")
     if config.get("mlp_bias"):
         raise UserError(f"{where}: mlp_bias is true; biases in the MLP are not mapped")
     if family == "llama" and config.get("attention_bias"):
         raise UserError(f"{where}: attention_bias is true on a llama model (it also biases o_proj); this is not mapped")
-    if family == "qwen3" and config.get("attention_bias"):
-        raise UserError(f"{where}: attention_bias is true on a qwen3 model; this is not mapped")
+    if family in ("qwen3", "qwen3_moe") and config.get("attention_bias"):
+        raise UserError(f"{where}: attention_bias is true on a {family} model; this is not mapped")
+    if family in MIXTURES and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")):
+        raise UserError(
+            f"{where}: decoder_sparse_step is {config.get('decoder_sparse_step', 1)} and mlp_only_layers "
+            f"{config.get('mlp_only_layers') or []}; some layers have no experts, which is not mapped; only models "
+            "with experts in every layer (1 and []) are"
+        )
     if config.get("quantization_config"):
         raise UserError(
             f"{where}: the model is quantised (quantization_config); import the full-precision weights instead"
         )
+
+
+def _experts(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a mixture; transformers 5 may write `num_local_experts`."""
+    return {
+        "num_experts": config["num_experts" if "num_experts" in config else "num_local_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+        "expert_ffn_hidden_size": config["moe_intermediate_size"],
+        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def _rope_base(config: dict[str, Any]) -> float:

@@ -76,25 +76,33 @@ class MemoryEstimate:
         return held + max(self.logits, self.recomputed)
 
 
-def parameters_per_rank(a: Architecture, layout: Layout) -> list[int]:
-    """Weights on each pipeline stage's rank, vocabulary padding included."""
-    t = layout.tensor
+def _stages(a: Architecture, layout: Layout) -> list[tuple[int, int]]:
+    """Weights on each pipeline stage's rank, vocabulary padding included: outside of experts, and of its experts."""
+    t, layers = layout.tensor, a.num_layers // layout.pipeline
     bias = a.head_dim * (a.num_heads + 2 * a.num_kv_heads) if a.qkv_bias else 0
-    replicated = 2 * a.hidden_size + (2 * a.head_dim if a.qk_norm else 0)
-    layer = (_matrices(a) + bias) // t + replicated
+    replicated = 2 * a.hidden_size + (2 * a.head_dim if a.qk_norm else 0) + a.num_experts * a.hidden_size
+    shared, experts = _matrices(a, layout)
+    outside = [layers * (shared + bias // t + replicated) for _ in range(layout.pipeline)]
     embedding = layout.padded_vocab * a.hidden_size // t
-    stages = [layer * (a.num_layers // layout.pipeline) for _ in range(layout.pipeline)]
-    stages[0] += embedding
-    stages[-1] += a.hidden_size
+    outside[0] += embedding
+    outside[-1] += a.hidden_size
     if not a.tied_embeddings or layout.pipeline > 1:
         # With tied embeddings and a pipeline the last stage holds a copy of its own.
-        stages[-1] += embedding
-    return stages
+        outside[-1] += embedding
+    return [(count, layers * experts) for count in outside]
 
 
-def _matrices(a: Architecture) -> int:
-    """Weights of one layer's matrices."""
-    return a.hidden_size * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads) + 3 * a.hidden_size * a.ffn_hidden_size
+def parameters_per_rank(a: Architecture, layout: Layout) -> list[int]:
+    """Weights on each pipeline stage's rank, vocabulary padding included."""
+    return [outside + experts for outside, experts in _stages(a, layout)]
+
+
+def _matrices(a: Architecture, layout: Layout) -> tuple[int, int]:
+    """Weights of one layer's matrices on one rank: those that are split alike, and those of its experts."""
+    attention = a.hidden_size * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+    if a.num_experts:
+        return attention // layout.tensor, a.mlp_parameters // (layout.expert * layout.expert_tensor)
+    return (attention + a.mlp_parameters) // layout.tensor, 0
 
 
 def _element(config: RunConfig) -> int:
@@ -146,14 +154,34 @@ def _qk_norm_bytes(q: float, kv: float, a: Architecture, element: int, kernels: 
 
 def _layer_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels) -> float:
     """Bytes one layer keeps per token of the micro-batch, on one rank, when nothing of it is computed anew."""
-    e = _element(config)
-    stream, ffn = _stream_width(config, a, layout), a.ffn_hidden_size / layout.tensor
+    e, stream = _element(config), _stream_width(config, a, layout)
     # Transformer Engine keeps the inputs of its matrix products in the numbers it multiplies.
     multiplied = 1 if config.model.precision == "fp8" else e
     norms = 2 * (_norm_bytes(stream, e, kernels) + stream * multiplied)
-    # Gate and up, and the product; torch's also keep silu(gate) and a copy of up.
-    mlp = 2 * ffn * e + ffn * multiplied + (0 if kernels.te else 2 * ffn * e)
+    if a.num_experts:
+        mlp = _expert_bytes(a, layout, kernels, e, multiplied)
+    else:
+        mlp = _mlp_bytes(a.ffn_hidden_size / layout.tensor, kernels, e, multiplied)
     return norms + _attention_bytes(config, a, layout, kernels) + mlp
+
+
+def _mlp_bytes(ffn: float, kernels: Kernels, element: int, multiplied: int) -> float:
+    """Bytes a gated MLP of width `ffn` keeps per token: gate, up and product; torch's also silu(gate), a copy of up."""
+    return 2 * ffn * element + ffn * multiplied + (0 if kernels.te else 2 * ffn * element)
+
+
+def _expert_bytes(a: Architecture, layout: Layout, kernels: Kernels, element: int, multiplied: int) -> float:
+    """Bytes a mixture keeps per token of the micro-batch on one rank, tokens dealt out evenly over the experts.
+
+    A rank routes its own share of the tokens; its experts get as many copies of tokens as if it kept them all.
+    """
+    k, ffn = a.experts_per_token, a.expert_ffn_hidden_size / layout.expert_tensor
+    # Probabilities and indices of the chosen, and where they stand among all: in fp32, int64 and bool.
+    router = (4 * a.num_experts + a.num_experts + 32 * k) / layout.tensor
+    copy = a.hidden_size * multiplied + _mlp_bytes(ffn, kernels, element, multiplied)
+    if not kernels.te:
+        copy += ffn * element  # the product before it is weighted
+    return router + k * layout.expert_tensor / layout.tensor * copy
 
 
 def _logits_bytes(config: RunConfig, a: Architecture, layout: Layout, tokens: float) -> float:
@@ -180,7 +208,7 @@ def _optimizer_bytes(config: RunConfig) -> int:
 
 def _weights_bytes(config: RunConfig, a: Architecture, layout: Layout, parameters: int) -> int:
     """Weights as they are trained; FP8 keeps two more copies of the layers' matrices, one of them transposed."""
-    copies = 2 * _matrices(a) // layout.tensor * (a.num_layers // layout.pipeline)
+    copies = 2 * sum(_matrices(a, layout)) * (a.num_layers // layout.pipeline)
     return parameters * _element(config) + (copies if config.model.precision == "fp8" else 0)
 
 
@@ -232,8 +260,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes on the fullest rank, in the stage of the run that needs most. `kernels`: `Kernels.expected` unless given.
 
-    bf16 and fp8 train with bf16 weights, fp32 gradients and fp32 master weights and moments over data x context ranks;
-    fp32 updates the weights in place and keeps the two moments alone.
+    bf16 and fp8 train with bf16 weights, fp32 gradients and fp32 master weights and moments over data x context ranks
+    (of experts over the ranks that hold the same ones); fp32 updates the weights in place and keeps the two moments
+    alone.
     """
     kernels = kernels or Kernels.expected(config)
     tokens = config.train.micro_batch_size * config.train.seq_length / layout.context
@@ -241,7 +270,8 @@ def estimate_memory(
     element, full = _element(config), config.model.recompute == "full"
     layer = _layer_bytes(config, a, layout, kernels)
     found = []
-    for stage, parameters in enumerate(parameters_per_rank(a, layout)):
+    for stage, (outside, experts) in enumerate(_stages(a, layout)):
+        parameters = outside + experts
         kept = layers * (stream * element if full else layer) * _in_flight(config, layout, stage)
         last = stage == layout.pipeline - 1
         final_norm = tokens * (_norm_bytes(stream, element, kernels) + stream * element)
@@ -251,7 +281,9 @@ def estimate_memory(
                 parameters_on_rank=parameters,
                 weights=weights,
                 gradients=parameters * 4,
-                optimizer=parameters * _optimizer_bytes(config) // (layout.data * layout.context),
+                optimizer=int(
+                    (outside / (layout.data * layout.context) + experts / layout.expert_data) * _optimizer_bytes(config)
+                ),
                 activations=int(tokens * kept),
                 logits=int(final_norm + _logits_bytes(config, a, layout, tokens)) if last else 0,
                 # Its input is what was kept.

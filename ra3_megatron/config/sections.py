@@ -50,6 +50,11 @@ class ParallelConfig:
     """Expected number of replicas; none = world size / (tensor x pipeline x context)."""
     sequence: bool = False
     """Shard norms and dropout along the sequence over the tensor-parallel processes; needs tensor > 1."""
+    expert: int = 1
+    """Processes that deal the experts of a layer out among themselves, out of the tensor x context x data ones that
+    hold the layer; neighbours in this order, so that with expert_tensor x expert <= tensor they are one replica's."""
+    expert_tensor: int | None = None
+    """Processes that share every matrix of an expert, a divisor of tensor; none = all tensor-parallel ones."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.experts import ExpertSizes, check_expert_rollouts, check_expert_split, expert_replicas
 from ra3_megatron.config.ra3 import THINKING_ARMS
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.sections import ParallelConfig
@@ -28,6 +29,12 @@ class Layout:
     """Tokens of one optimizer step, padding included."""
     padded_vocab: int
     """Rows of the embedding after padding."""
+    expert: int = 1
+    """Processes that deal the experts out."""
+    expert_tensor: int = 1
+    """Processes that share an expert's matrices."""
+    expert_data: int = 1
+    """Processes that hold the same experts: tensor x context x data / (expert_tensor x expert)."""
 
     @property
     def sequence_multiple(self) -> int:
@@ -63,6 +70,7 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
     _check_ra3(config, data)
     _check_rlvr(config, data)
     check_model_split(p, architecture)
+    check_expert_rollouts(config)
     _check_windows(config, architecture)
     if t.global_batch_size % (t.micro_batch_size * data):
         raise UserError(
@@ -84,6 +92,9 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
         micro_batches=micro_batches,
         tokens_per_step=t.global_batch_size * t.seq_length,
         padded_vocab=padded_vocab_size(architecture.vocab_size, config.model.vocab_multiple, p.tensor),
+        expert=p.expert,
+        expert_tensor=p.expert_tensor or p.tensor,
+        expert_data=expert_replicas(p, data),
     )
     if config.run.arms and t.epochs is None:
         total_steps(config, layout, windows=0)
@@ -148,11 +159,7 @@ def _check_ra3(config: RunConfig, data: int) -> None:
     thinking = [arm for arm in config.run.arms if arm in THINKING_ARMS]
     if not thinking:
         return
-    if config.latent.engine == "vllm" and config.parallel.tensor * config.parallel.pipeline > 1:
-        raise UserError(
-            f"latent.engine is vllm, parallel.tensor {config.parallel.tensor} and parallel.pipeline "
-            f"{config.parallel.pipeline}; vLLM gets the weights whole; set both to 1, or latent.engine=megatron"
-        )
+    _check_vllm(config)
     if config.model.source is None and not config.base.tokens:
         raise UserError(
             f"run.arms has {thinking[0]}, but neither model.source nor base.tokens is set; thoughts come from a "
@@ -171,6 +178,15 @@ def _check_ra3(config: RunConfig, data: int) -> None:
         raise UserError(
             f"variational.snippets_per_step ({config.variational.snippets_per_step}) is not a multiple of the {data} "
             f"replicas; use {_round_up(config.variational.snippets_per_step, data)}"
+        )
+
+
+def _check_vllm(config: RunConfig) -> None:
+    p = config.parallel
+    if config.latent.engine == "vllm" and p.tensor * p.pipeline * p.expert > 1:
+        raise UserError(
+            f"latent.engine is vllm, parallel.tensor {p.tensor}, pipeline {p.pipeline} and expert {p.expert}; vLLM "
+            "gets the weights whole; set all to 1, or latent.engine=megatron"
         )
 
 
@@ -201,11 +217,7 @@ def _check_rlvr(config: RunConfig, data: int) -> None:
             f"rlvr.steps is {r.steps} and parallel.context is {p.context}; the rollout engine's cache is not split "
             "along the sequence; set parallel.context to 1"
         )
-    if config.latent.engine == "vllm" and p.tensor * p.pipeline > 1:
-        raise UserError(
-            f"latent.engine is vllm, parallel.tensor {p.tensor} and parallel.pipeline {p.pipeline}; vLLM gets the "
-            "weights whole; set both to 1, or latent.engine=megatron"
-        )
+    _check_vllm(config)
     if r.max_tokens >= config.train.seq_length:
         raise UserError(
             f"rlvr.max_tokens ({r.max_tokens}) leaves no room for a prompt in train.seq_length "
@@ -227,11 +239,9 @@ def _check_format(config: RunConfig) -> None:
         )
 
 
-class Sizes(Protocol):
+class Sizes(ExpertSizes, Protocol):
     """Parallel sizes, from a configuration or in force."""
 
-    @property
-    def tensor(self) -> int: ...
     @property
     def pipeline(self) -> int: ...
     @property
@@ -262,6 +272,7 @@ def replicas(p: ParallelConfig, world: int) -> int:
             f"parallel.virtual_pipeline is {p.virtual_pipeline} with pipeline {p.pipeline}; both must be at least 2 "
             "(leave virtual_pipeline out for one group of layers per process)"
         )
+    expert_replicas(p, data)
     return data
 
 
@@ -270,7 +281,8 @@ def check_model_split(p: Sizes, a: Architecture) -> None:
     divisions = (
         ("model.architecture.num_heads", a.num_heads, "parallel.tensor", p.tensor),
         ("model.architecture.num_kv_heads", a.num_kv_heads, "parallel.tensor", p.tensor),
-        ("model.architecture.ffn_hidden_size", a.ffn_hidden_size, "parallel.tensor", p.tensor),
+        # Of a mixture no layer has this width.
+        ("model.architecture.ffn_hidden_size", 0 if a.num_experts else a.ffn_hidden_size, "parallel.tensor", p.tensor),
         ("model.architecture.hidden_size", a.hidden_size, "parallel.tensor", p.tensor),
         ("model.architecture.num_layers", a.num_layers, "parallel.pipeline", p.pipeline),
     )
@@ -284,6 +296,7 @@ def check_model_split(p: Sizes, a: Architecture) -> None:
             f"parallel.pipeline ({p.pipeline}) x virtual_pipeline ({p.virtual_pipeline}) does not divide "
             f"model.architecture.num_layers ({a.num_layers}); lower parallel.virtual_pipeline"
         )
+    check_expert_split(p, a)
 
 
 def _check_windows(config: RunConfig, a: Architecture) -> None:

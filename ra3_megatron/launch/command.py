@@ -14,6 +14,7 @@ from ra3_megatron.launch.settings import Settings, load_settings
 from ra3_megatron.launch.status import clear, status
 from ra3_megatron.launch.submit import Submitted, inherited, submit
 from ra3_megatron.stages.files import missing_files, refuse_missing, undone
+from ra3_megatron.stages.graph import graph
 
 
 def open_target(
@@ -90,12 +91,20 @@ def check_layouts(config: RunConfig, settings: Settings, architecture: Architect
     if architecture is None:
         return ["layout: not checked, the shape of the model is only known where its file is"]
     lines = []
-    for what, nodes in (("a job", settings.nodes), ("an element of the array", settings.array_nodes)):
+    jobs = [("a job", settings.nodes)]
+    if any(node.kind == "generate" for node in graph(config)):
+        jobs.append(("an element of the array", settings.array_nodes))
+    for what, nodes in jobs:
         layout = resolve_layout(config, nodes * settings.processes, architecture)
+        experts = (
+            f"; experts: expert-tensor {layout.expert_tensor} x expert {layout.expert} x expert-data "
+            f"{layout.expert_data} of the {layout.tensor * layout.context * layout.data} processes of a stage"
+        )
         lines.append(
             f"{what}: {nodes} nodes x {settings.processes} = {layout.world} processes = tensor {layout.tensor} x "
             f"pipeline {layout.pipeline} x context {layout.context} x data {layout.data}; "
             f"{layout.micro_batches} micro-batches, {layout.tokens_per_step:,} tokens a step"
+            f"{experts if architecture.num_experts else ''}"
         )
     return lines
 

@@ -15,6 +15,7 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.sections import ModelConfig
 from ra3_megatron.config.validate import check_model_split, padded_vocab_size
+from ra3_megatron.model.experts import moe_settings, prepare_experts
 from ra3_megatron.model.optional import check_apex, have_te, require_te
 from ra3_megatron.model.rope import PackedRotaryEmbedding
 from ra3_megatron.model.spec import block_spec
@@ -109,8 +110,8 @@ def build_transformer_config(
         batch_p2p_comm=not interleaved,
         # Synchronises the device after every send; only needed by torch before 1.10.
         batch_p2p_sync=False,
-        # Micro-batches may be windows of different lengths; Megatron allows that with this dispatcher only, experts
-        # or not.
+        # Micro-batches may be windows of different lengths; Megatron allows that with this dispatcher only, also in
+        # models without experts.
         variable_seq_lengths=sizes.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
@@ -126,6 +127,7 @@ def build_transformer_config(
         cross_entropy_loss_fusion=False,
         # No CUDA graphs; Megatron's default names a mode it then warns about.
         cuda_graph_modules=[],
+        **moe_settings(arch, sizes, use_te),
         **_precision(model),
         **_recompute(model),
     )
@@ -196,6 +198,7 @@ def _build_chunk(
     chunk.rotary_pos_emb = PackedRotaryEmbedding(
         arch, config.use_cpu_initialization, parallel.pg_collection.cp, fused=config.apply_rope_fusion
     )
+    prepare_experts(chunk, config)
     chunk.to(parallel.device)
     return chunk if model.precision == "fp32" else Float16Module(config, chunk)
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from ra3_megatron.model.attention import SDPACoreAttention
+from ra3_megatron.model.experts import local_experts
 from ra3_megatron.model.norms import RMSNorm, new_norm_weight, rms_norm
 
 
@@ -71,9 +72,13 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         return super().forward(rms_norm(input_, self.layer_norm_weight, self.eps), weight, runtime_gather_output)
 
 
-def local_layer_spec(qk_norm: bool) -> ModuleSpec:
+def local_layer_spec(qk_norm: bool, experts: bool = False) -> ModuleSpec:
     """One transformer layer on torch alone, parameter names as in Transformer Engine's spec."""
     head_norm: Any = RMSNorm if qk_norm else IdentityOp
+    dense = partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=LayerNormColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -89,10 +94,9 @@ def local_layer_spec(qk_norm: bool) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=LayerNormColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            # The router needs the normalised tokens too: with experts the norm is a module of its own.
+            pre_mlp_layernorm=RMSNorm if experts else IdentityOp,
+            mlp=local_experts() if experts else dense,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -105,8 +109,15 @@ def block_spec(
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+        layer, norm = (
+            get_gpt_layer_with_transformer_engine_spec(
+                num_experts=config.num_moe_experts,
+                moe_grouped_gemm=config.moe_grouped_gemm,
+                qk_layernorm=config.qk_layernorm,
+            ),
+            TENorm,
+        )
     else:
-        layer, norm = local_layer_spec(config.qk_layernorm), RMSNorm
+        layer, norm = local_layer_spec(config.qk_layernorm, config.num_moe_experts is not None), RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

@@ -4,8 +4,7 @@ Megatron-Core 0.19 calls `torch.cuda.*` and allocates with `device="cuda"` witho
 `install` redirects those names to their CPU meaning, and only when no CUDA device exists: with a GPU it changes
 nothing. `torch.cuda.is_available()` stays False and `device_count()` 0, so code that asks behaves as on a CPU.
 
-`REDIRECTIONS` is the whole list of what is replaced and why; a test walks it. Mixture-of-experts dispatch needs one
-name more and is left out: no model family of this project has experts.
+`REDIRECTIONS` is the whole list of what is replaced and why; a test walks it.
 """
 
 import contextlib
@@ -155,6 +154,48 @@ def _tensor_type(original: Any) -> Callable[..., Any]:
     return type_
 
 
+def _split_sizes(_original: Any) -> Callable[..., Any]:
+    """Sizes of an exchange as plain numbers where numpy is asked for; Megatron converts them on their way off a GPU."""
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return move
+
+
+def _filled(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """`tensor` with zeros behind it, `rows` in all."""
+    return torch.cat((tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])))
+
+
+def _uneven_gather(original: Any) -> Callable[..., torch.Tensor]:
+    """gloo gathers equal shares alone: fill them up to the longest, and cut."""
+
+    @functools.wraps(original)
+    def gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any) -> torch.Tensor:
+        sizes = [] if output_split_sizes is None or group.size() == 1 else [int(n) for n in output_split_sizes]
+        if len(set(sizes)) < 2:
+            return original(input_, group, output_split_sizes, *args)
+        shares = original(_filled(input_, max(sizes)), group, None, *args).split(max(sizes))
+        return torch.cat([share[:n] for share, n in zip(shares, sizes, strict=True)])
+
+    return gather
+
+
+def _uneven_reduce_scatter(original: Any) -> Callable[..., torch.Tensor]:
+    """As `_uneven_gather`, for the sum that goes with it."""
+
+    @functools.wraps(original)
+    def reduce_scatter(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any) -> torch.Tensor:
+        sizes = [] if input_split_sizes is None or group.size() == 1 else [int(n) for n in input_split_sizes]
+        if len(set(sizes)) < 2:
+            return original(input_, group, input_split_sizes, *args)
+        whole = torch.cat([_filled(share, max(sizes)) for share in input_.split(sizes)])
+        return original(whole, group, None, *args)[: sizes[group.rank()]]
+
+    return reduce_scatter
+
+
 def _stream_context(_original: Any) -> Callable[..., contextlib.AbstractContextManager[None]]:
     return lambda *_args, **_kwargs: contextlib.nullcontext()
 
@@ -194,6 +235,21 @@ REDIRECTIONS: tuple[Redirection, ...] = (
         "megatron.core.tensor_parallel.random._set_cuda_rng_state",
         "RNG tracker and activation recompute set the CUDA generator",
         _cpu_set_rng_state,
+    ),
+    Redirection(
+        "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+        "all_to_all_single of the experts' tokens wants numbers, not tensors, as sizes",
+        _split_sizes,
+    ),
+    Redirection(
+        "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
+        "experts under tensor parallelism gather as many tokens as each process has",
+        _uneven_gather,
+    ),
+    Redirection(
+        "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+        "and add up as many as it had",
+        _uneven_reduce_scatter,
     ),
 )
 

@@ -49,14 +49,19 @@ class ParallelSizes:
     """Groups of layers per pipeline process; none = one."""
     sequence: bool = False
     """Whether norms are sharded along the sequence over the tensor-parallel processes."""
+    expert: int = 1
+    """Processes that deal the experts of a layer out."""
+    expert_tensor: int | None = None
+    """Processes that share every matrix of an expert; none = `tensor`."""
 
     @classmethod
     def from_config(cls, config: ParallelConfig, world: int) -> "ParallelSizes":
         """Fit `config` to `world` processes; raises UserError with the arithmetic when it does not."""
         data = replicas(config, world)
         return cls(
-            config.tensor, config.pipeline, config.context, data, world, config.virtual_pipeline, config.sequence
-        )
+            config.tensor, config.pipeline, config.context, data, world, config.virtual_pipeline, config.sequence,
+            config.expert, config.expert_tensor or config.tensor,
+        )  # fmt: skip
 
 
 @dataclass
@@ -283,6 +288,8 @@ def initialize(config: ParallelConfig | None = None, launch: Launch | None = Non
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
         context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
         distributed_timeout_minutes=config.timeout_s / 60,
     )
     whereabouts = Whereabouts(dist.PrefixStore("where", store), launch.rank)
@@ -328,7 +335,8 @@ def seed_everything(seed: int, parallel: Parallel) -> None:
     """Seed python, numpy, torch and Megatron's RNG tracker.
 
     Replicas get the same seed: dropout is off in every supported model, and data order is drawn elsewhere. Pipeline
-    stages differ, so that equal layers of different stages do not start with equal weights.
+    stages differ, so that equal layers of different stages do not start with equal weights; so do, in Megatron's
+    tracker, processes with different experts.
     """
     from megatron.core import tensor_parallel
 

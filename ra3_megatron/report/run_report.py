@@ -97,7 +97,7 @@ def _facts(config: dict[str, Any]) -> list[Row]:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
-    sizes = (("TP", "tensor"), ("PP", "pipeline"), ("CP", "context"))
+    sizes = (("TP", "tensor"), ("PP", "pipeline"), ("CP", "context"), ("EP", "expert"))
     parallel = [f"{short}\N{NO-BREAK SPACE}{size}" for short, name in sizes if (size := get(f"parallel.{name}"))]
     corpus = " ".join(str(v) for v in (get("data.corpus.kind"), get("data.corpus.path")) if v)
     rows = [

@@ -1,5 +1,6 @@
 """What a run would be: resolved configuration, arithmetic of batches and processes, parameters, memory per rank."""
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -57,15 +58,17 @@ def declared_architecture(config: RunConfig) -> tuple[Architecture, str]:
 
 
 def default_world(config: RunConfig) -> tuple[int, str]:
-    """Processes to reckon with: the launcher's, else those of `parallel.data`, else one replica."""
+    """Processes to reckon with: the launcher's, else those of `parallel.data`, else the fewest that fit."""
     launched = launch_from_env()
     p = config.parallel
-    replica = p.tensor * p.pipeline * p.context
+    tensor = p.expert_tensor or p.tensor
+    # Experts may be dealt out over the processes of several replicas.
+    replica = p.pipeline * math.lcm(p.tensor * p.context, tensor * p.expert)
     if launched.source != "alone":
         return launched.world, f"from {launched.source}"
     if p.data is not None:
-        return replica * p.data, "tensor x pipeline x context x data"
-    return replica, "one replica; give --world-size for more"
+        return p.tensor * p.pipeline * p.context * p.data, "tensor x pipeline x context x data"
+    return replica, "the fewest that fit; give --world-size for more"
 
 
 def dry_run(config: RunConfig, world_size: int | None = None, memory_gib: float | None = None) -> None:
@@ -89,6 +92,7 @@ def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: 
     table.add_column()
     rows = [
         ("model", f"{a.family}, {a.parameter_count:,} parameters, from {where}"),
+        *_expert_rows(a, layout),
         ("vocabulary", f"{a.vocab_size:,} padded to {layout.padded_vocab:,} rows"),
         (
             "processes",
@@ -145,6 +149,26 @@ def _terms(memory: MemoryEstimate) -> str:
     terms |= {"second model": memory.frozen, "key-value cache": memory.cache}
     held = " + ".join(f"{name} {value / 2**30:.2f}" for name, value in terms.items() if value)
     return f"{held} + {' '.join(f'{name} {value / 2**30:.2f}' for name, value in around.items())}"
+
+
+def _expert_rows(a: Architecture, layout: Layout) -> list[tuple[str, str]]:
+    """Arithmetic of a mixture of experts."""
+    if not a.num_experts:
+        return []
+    stage = layout.tensor * layout.context * layout.data
+    return [
+        (
+            "experts",
+            f"{a.num_experts} a layer, {a.experts_per_token} of them per token "
+            f"({a.parameter_count - a.inactive_parameters:,} parameters active); {a.num_experts // layout.expert} on a "
+            "process",
+        ),
+        (
+            "expert parallel",
+            f"{stage} processes of a stage = tensor {layout.tensor} x context {layout.context} x data {layout.data} "
+            f"= expert-tensor {layout.expert_tensor} x expert {layout.expert} x expert-data {layout.expert_data}",
+        ),
+    ]
 
 
 def _rlvr_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:

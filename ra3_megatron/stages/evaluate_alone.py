@@ -16,6 +16,7 @@ from ra3_megatron.checkpoint.manifest import ARCHITECTURE
 from ra3_megatron.checkpoint.state import read_architecture
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.experts import expert_replicas, refuse_shared_sampling
 from ra3_megatron.config.files import is_done
 from ra3_megatron.config.run import RunConfig, config_from_dict, load_config
 from ra3_megatron.config.validate import Layout as RunLayout
@@ -172,8 +173,10 @@ def _layout(config: RunConfig, world: int, architecture: Architecture | None) ->
         check_model_split(p, architecture)
     if p.context > 1:
         raise UserError(f"parallel.context is {p.context}; sampling does not split sequences; set it to 1")
+    refuse_shared_sampling(p, "evaluation")
     padded = padded_vocab_size(vocab, config.model.vocab_multiple, p.tensor)
-    return RunLayout(world, p.tensor, p.pipeline, p.context, data, 1, 0, padded)
+    experts = (p.expert, p.expert_tensor or p.tensor, expert_replicas(p, data))
+    return RunLayout(world, p.tensor, p.pipeline, p.context, data, 1, 0, padded, *experts)
 
 
 def _read_results(path: Path, name: str) -> dict[str, Any]:

@@ -32,9 +32,14 @@ THINK_SETS = [[3], [2, 40, 60, 100], list(range(30, 70))]
 FORBIDDEN = [0, 5, 51, 52, 99]
 
 
-def architecture(tied: bool) -> Architecture:
+def architecture(kind: str) -> Architecture:
     # 4 layers for interleaved pipelines; a vocabulary that needs padding at every tensor-parallel size.
-    return Architecture("qwen2", 4, 48, 4, 2, 12, 96, 101, tied, True, rope_base=1e4, max_positions=256)
+    if kind == "experts":
+        return Architecture(
+            "qwen3_moe", 4, 48, 4, 2, 12, 96, 101, False, False, True, rope_base=1e4, max_positions=256,
+            num_experts=8, experts_per_token=3, expert_ffn_hidden_size=20, norm_topk_prob=True,
+        )  # fmt: skip
+    return Architecture("qwen2", 4, 48, 4, 2, 12, 96, 101, kind == "tied", True, rope_base=1e4, max_positions=256)
 
 
 def window(index: int) -> dict[str, Any]:
@@ -95,15 +100,16 @@ def micro_batch(indices: list[int]) -> TrainBatch:
     )
 
 
-def run(layouts: list[dict[str, Any]], folder: str, tied: bool) -> list[dict[str, Any]]:
+def run(layouts: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
     """For every layout: losses, gradient norm; all gradients and all weights after the update go to `folder`."""
-    return [run_one(dict(layout), Path(folder), tied) for layout in layouts]
+    return [run_one(dict(layout), Path(folder)) for layout in layouts]
 
 
-def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
+def run_one(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
+    kind = layout.pop("kind")
     name, micro = layout.pop("name"), layout.pop("micro_batch_size", 1)
     recompute = layout.pop("recompute", "none")
-    arch = architecture(tied)
+    arch = architecture(kind)
     config = config_from_dict(
         {
             "parallel": {**layout, "timeout_s": 60},
@@ -116,7 +122,7 @@ def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
     with initialize(config.parallel) as parallel:
         seed_everything(1, parallel)
         chunks = build_model(arch, config.model, parallel)
-        start = folder / f"start-{tied}"
+        start = folder / f"start-{kind}"
         if name == "one":
             save_sharded(start, sharded(chunks), parallel)
         else:
@@ -142,10 +148,10 @@ def run_one(layout: dict[str, Any], folder: Path, tied: bool) -> dict[str, Any]:
         scores = torch.cat(score_labels(engine.chunks, arch, parallel, batches, 0.7)).view(len(mine), SEQ)
         evaluated = engine.evaluate(batches)
         result = engine.train_step(batches, step=1)
-        save_sharded(folder / f"grads-{name}-{tied}", gradients(engine), parallel)
+        save_sharded(folder / f"grads-{name}-{kind}", gradients(engine), parallel)
         second = engine.train_step(batches, step=2)
         synchronise_parameters(engine.chunks)
-        save_sharded(folder / f"weights-{name}-{tied}", sharded([unwrap(c) for c in engine.chunks]), parallel)
+        save_sharded(folder / f"weights-{name}-{kind}", sharded([unwrap(c) for c in engine.chunks]), parallel)
         return {
             "name": name,
             "scores": {str(i): row.tolist() for i, row in zip(mine, scores, strict=True)},
@@ -169,10 +175,12 @@ def gradients(engine: TrainEngine) -> dict[str, Any]:
     The distributed optimizer leaves each replica its share of the reduced gradient: gather them first. Clipping has
     scaled them by the same factor in every layout.
     """
+    groups = engine.parallel.pg_collection
     for chunk in engine.chunks:
-        for buffer in chunk.buffers:
+        shared = [(buffer, groups.dp_cp) for buffer in chunk.buffers]
+        shared += [(buffer, groups.expt_dp) for buffer in chunk.expert_parallel_buffers]
+        for buffer, group in shared:
             for bucket in buffer.buckets:
-                group = engine.parallel.pg_collection.dp_cp
                 share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
     out = {}

@@ -30,6 +30,31 @@ FOUR = [
 ]
 
 
+EXPERTS_TWO = [
+    {"name": "ep2", "expert": 2},
+    {"name": "ep2-overlap", "expert": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    {"name": "pp2", "pipeline": 2},
+    {"name": "tp2", "tensor": 2, "sequence": True},
+    # Experts whole on one of the two processes that share all other matrices; and whole on both.
+    {"name": "tp2-ep2", "tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
+    {"name": "tp2-whole", "tensor": 2, "sequence": True, "expert_tensor": 1},
+    {"name": "dp2", "micro_batch_size": 2},
+]
+EXPERTS_FOUR = [
+    {"name": "ep2-dp2", "expert": 2},
+    {"name": "tp2-ep2-dp2", "tensor": 2, "sequence": True, "expert": 2},
+    {"name": "pp2-ep2", "pipeline": 2, "expert": 2, "micro_batch_size": 2},
+    {"name": "cp2-ep4", "context": 2, "expert": 4},
+]
+LAYOUTS = {
+    # The output layer of an untied model has a weight of its own: only where the layers are split is that another path.
+    "tied": {1: ONE + SPLITS, 2: TWO, 4: FOUR},
+    "untied": {1: ONE, 2: TWO},
+    "experts": {1: ONE + SPLITS[1:], 2: EXPERTS_TWO, 4: EXPERTS_FOUR},
+}
+"""By kind of model and number of processes."""
+
+
 def full_tensors(folder):
     """Every tensor of a distributed checkpoint, whole, without process groups."""
     reader = dcp.FileSystemReader(folder)
@@ -39,20 +64,24 @@ def full_tensors(folder):
     return tensors
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def runs(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Folder, and results of every rank by kind and name; all kinds share the start of the processes."""
     folder = tmp_path_factory.mktemp("layouts")
-    results = {}
-    for world, layouts in ((1, ONE + SPLITS), (2, TWO), (4, FOUR)):
-        if not request.param and world != 2:
-            # The output layer has a weight of its own: only where the layers are split is that another path.
-            layouts = ONE if world == 1 else []
-        if layouts:
-            args = {"layouts": layouts, "folder": str(folder), "tied": request.param}
-            ranks = run_ranks("tests.distributed.engine_worker:run", world, args, 240, folder)
-            for name, *values in zip([x["name"] for x in layouts], *ranks, strict=True):
-                results[name] = values
-    return folder, request.param, results
+    results = {kind: {} for kind in LAYOUTS}
+    for world in (1, 2, 4):
+        layouts = [{"kind": kind, **x} for kind, worlds in LAYOUTS.items() for x in worlds.get(world, [])]
+        args = {"layouts": layouts, "folder": str(folder)}
+        ranks = run_ranks("tests.distributed.engine_worker:run", world, args, 400, folder)
+        for layout, *values in zip(layouts, *ranks, strict=True):
+            results[layout["kind"]][layout["name"]] = values
+    return folder, results
+
+
+@pytest.fixture(params=LAYOUTS)
+def runs(request, everything):
+    folder, results = everything
+    return folder, request.param, results[request.param]
 
 
 def relative(a, b):
@@ -103,12 +132,12 @@ def test_weights_after_two_updates_agree(runs):
 
 
 def _compare(runs, what, tolerance):
-    folder, tied, results = runs
-    reference = full_tensors(folder / f"{what}-one-{tied}")
+    folder, kind, results = runs
+    reference = full_tensors(folder / f"{what}-one-{kind}")
     tensors = {k: v for k, v in reference.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     assert len(tensors) >= 9
     for name in results:
-        found = full_tensors(folder / f"{what}-{name}-{tied}")
+        found = full_tensors(folder / f"{what}-{name}-{kind}")
         for key, expected in tensors.items():
             # Padding of the vocabulary differs with the tensor-parallel size and never gets a gradient.
             rows = min(expected.shape[0], found[key].shape[0])

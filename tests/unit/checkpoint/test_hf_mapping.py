@@ -12,8 +12,13 @@ from ra3_megatron.config.errors import UserError
 
 @st.composite
 def architectures(draw):
-    family = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
+    family = draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"]))
     kv_heads = draw(st.integers(1, 3))
+    experts = {}
+    if family == "qwen3_moe":
+        count = draw(st.integers(1, 4))
+        experts = {"num_experts": count, "experts_per_token": draw(st.integers(1, count))}
+        experts["expert_ffn_hidden_size"] = draw(st.integers(1, 9))
     return Architecture(
         family=family,
         num_layers=draw(st.integers(1, 3)),
@@ -25,7 +30,8 @@ def architectures(draw):
         vocab_size=draw(st.integers(1, 11)),
         tied_embeddings=draw(st.booleans()),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        **experts,
     )
 
 

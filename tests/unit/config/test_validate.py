@@ -92,6 +92,69 @@ def test_stages_add_up_to_the_model():
     assert memory.weights == memory.gradients == 4 * memory.parameters_on_rank
 
 
+MIXTURE = Architecture(
+    "qwen3_moe", 2, 64, 4, 2, 16, 96, 128, False, False, True,
+    num_experts=6, experts_per_token=2, expert_ffn_hidden_size=24, norm_topk_prob=True,
+)  # fmt: skip
+
+
+def test_weights_and_work_of_a_mixture():
+    """Published: Qwen3-30B-A3B, 30,532,122,624 weights; of a small one by hand, all and those a token meets."""
+    big = Architecture(
+        "qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936, False, False, True,
+        num_experts=128, experts_per_token=8, expert_ffn_hidden_size=768, norm_topk_prob=True,
+    )  # fmt: skip
+    assert big.parameter_count == 30_532_122_624
+    assert big.parameter_count - big.inactive_parameters == 3_353_032_704
+    attention = 64 * 16 * (2 * 4 + 2 * 2)
+    layer = attention + 2 * 16 + 2 * 64 + 6 * 64 + 6 * (3 * 64 * 24)
+    assert MIXTURE.parameter_count == 2 * layer + 2 * 128 * 64 + 64
+    met = attention + 6 * 64 + 2 * (3 * 64 * 24)
+    assert MIXTURE.flops_per_token(10) == 3 * (2 * (2 * met + 4 * 4 * 16 * 10) + 2 * 64 * 128)
+
+
+@pytest.mark.parametrize(("tensor", "expert", "expert_tensor"), [(1, 1, None), (1, 3, None), (2, 3, None), (2, 6, 1)])
+def test_experts_are_counted_where_they_are(tensor, expert, expert_tensor):
+    """A dry run that gives every process all experts, or shards their optimizer over the wrong ranks."""
+    sizes = {"tensor": tensor, "sequence": tensor > 1, "expert": expert, "expert_tensor": expert_tensor}
+    c = config(parallel=sizes, train={"global_batch_size": 12}, model={"vocab_multiple": 1})
+    layout = resolve_layout(c, 12, MIXTURE)
+    shared = layout.expert * layout.expert_tensor
+    assert layout.expert_data == 12 // shared
+    (count,) = parameters_per_rank(MIXTURE, layout)
+    experts = 2 * 6 * (3 * 64 * 24)
+    replicated = 2 * (2 * 64 + 2 * 16 + 6 * 64) + 64
+    outside = (MIXTURE.parameter_count - experts - replicated) // tensor + replicated
+    assert count == outside + experts // shared
+    memory = estimate_memory(c, MIXTURE, layout)
+    assert memory.optimizer == int(8 * (outside / layout.data + experts / 12))
+
+
+def test_mixture_survives_hugging_face_and_plain_data():
+    """An expert count or normalisation that is lost on the way to config.json and back changes every logit."""
+    assert Architecture.from_hf(MIXTURE.to_hf()) == MIXTURE
+    assert Architecture.from_dict(MIXTURE.to_dict()) == MIXTURE
+    hf = MIXTURE.to_hf()
+    hf["num_local_experts"] = hf.pop("num_experts")
+    assert Architecture.from_hf(hf) == MIXTURE
+    for change in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}):
+        with pytest.raises(UserError, match="some layers have no experts"):
+            Architecture.from_hf(MIXTURE.to_hf() | change)
+    for change, word in (
+        ({"use_sliding_window": True, "max_window_layers": 9}, "sliding"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"num_experts_per_tok": 7}, "no more than there are"),
+        ({"num_experts_per_tok": 1}, "always be 1"),
+        ({"num_experts_per_tok": "two"}, "num_experts_per_tok = 'two'"),
+    ):
+        with pytest.raises(UserError, match=word):
+            Architecture.from_hf(MIXTURE.to_hf() | change)
+    with pytest.raises(UserError, match="only qwen3_moe has experts"):
+        Architecture("qwen3", num_experts=4)
+    with pytest.raises(UserError, match="has no experts"):
+        resolve_layout(config(parallel={"expert": 2}), 2, ARCH)
+
+
 @pytest.mark.parametrize("scaling", [None, RopeScaling(32.0)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_architecture_survives_hugging_face_and_plain_data(family, scaling):

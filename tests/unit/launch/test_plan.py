@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.run import RunConfig, config_from_dict
+from ra3_megatron.config.evaluation import EvaluationConfig
+from ra3_megatron.config.run import RunConfig, config_from_dict, load_config
 from ra3_megatron.launch.command import check_layouts, launch
 from ra3_megatron.launch.folder import LaunchFolder, snapshot
 from ra3_megatron.launch.plan import plan
@@ -146,7 +147,7 @@ def test_layouts_over_512_processes():
         )
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b"])
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-30b-a3b"])
 def test_cluster_configurations_are_whole_chains(name, tmp_path, monkeypatch):
     """The shipped files once trained the baseline alone; and a launch without their data was queued for nothing."""
     monkeypatch.chdir(tmp_path)
@@ -160,6 +161,56 @@ def test_cluster_configurations_are_whole_chains(name, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model\.source.*rlvr\.tasks"):
         launch(path, [], Settings(nodes=16))
     assert not list(tmp_path.iterdir())
+
+
+def _experts_over_512(sizes: dict[str, object], **sections: object) -> list[str]:
+    alone = ["run.arms=[ntp]", "rlvr.steps=0", "evaluation.benchmarks=[]"]
+    c = load_config(ROOT / "configs" / "qwen3-30b-a3b.yaml", alone)
+    c = replace(c, parallel=replace(c.parallel, **{"expert_tensor": None, **sizes}), **sections)
+    return check_layouts(c, Settings(nodes=64), c.model.architecture)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "data", "experts"),
+    [
+        # tensor x context x data processes of a stage = expert-tensor x expert x expert-data, by hand.
+        ({"tensor": 4, "pipeline": 2, "expert": 4, "expert_tensor": 1}, 64, (1, 4, 64, 256)),
+        ({"tensor": 4, "pipeline": 4, "context": 2, "expert": 8}, 16, (4, 8, 4, 128)),
+        ({"tensor": 2, "pipeline": 8, "context": 4, "expert": 64, "expert_tensor": 1}, 8, (1, 64, 1, 64)),
+        ({"tensor": 1, "pipeline": 4, "sequence": False, "expert": 128}, 128, (1, 128, 1, 128)),
+        ({"tensor": 4, "pipeline": 1, "expert": 8, "expert_tensor": 2}, 128, (2, 8, 32, 512)),
+    ],
+)
+def test_experts_over_512_processes(sizes, data, experts):
+    """TP, PP, CP, DP and EP at full size: the two ways a stage's processes divide must be told, and agree."""
+    (line,) = _experts_over_512(sizes)
+    tensor, expert, replicas, stage = experts
+    assert "64 nodes x 8 = 512 processes" in line
+    assert f"context {sizes.get('context', 1)} x data {data};" in line
+    told = f"expert-tensor {tensor} x expert {expert} x expert-data {replicas} of the {stage} processes of a stage"
+    assert told in line
+    assert tensor * expert * replicas == stage == 512 // sizes["pipeline"]
+
+
+SAMPLES = EvaluationConfig(benchmarks=("humaneval",))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sections", "words"),
+    [
+        ({"expert": 256, "expert_tensor": 1}, {}, r"expert \(256\) does not divide .*num_experts \(128\).* is 128"),
+        ({"expert": 96}, {}, r"4 x expert 96 = 384 does not divide the 256 processes .*context 1 x data 64.* is 64$"),
+        ({"expert": 2, "expert_tensor": 3}, {}, "expert_tensor 3 with tensor 4"),
+        ({"expert": 4, "sequence": False}, {}, r"128 experts and parallel.tensor is 4.*sequence=true"),
+        ({"expert": 0}, {}, "parallel.expert is 0"),
+        ({"expert": 8, "expert_tensor": 1}, {"evaluation": SAMPLES}, r"reaches over replicas of tensor 4"),
+    ],
+)
+def test_experts_that_do_not_fit_512_processes(sizes, sections, words):
+    """Megatron's assertion, on the 512th GPU and after the queue, named neither the sizes nor a cure."""
+    with pytest.raises(UserError, match=words) as refused:
+        _experts_over_512(sizes, **sections)
+    assert "\n" not in str(refused.value)
 
 
 def test_ports_differ_between_jobs_and_attempts():

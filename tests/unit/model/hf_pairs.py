@@ -20,6 +20,10 @@ ARCHITECTURES = {
     ),
     "qwen2": Architecture(family="qwen2", tied_embeddings=True, qkv_bias=True, **SHAPE),
     "qwen3": Architecture(family="qwen3", tied_embeddings=False, qkv_bias=False, qk_norm=True, **SHAPE),
+    "qwen3_moe": Architecture(
+        family="qwen3_moe", tied_embeddings=False, qkv_bias=False, qk_norm=True, num_experts=8, experts_per_token=3,
+        expert_ffn_hidden_size=24, norm_topk_prob=True, **SHAPE,
+    ),
 }  # fmt: skip
 
 
@@ -66,6 +70,14 @@ def megatron_weights(arch: Architecture, hf: Any, padded_vocab: int) -> dict[str
             out[f"{b}self_attention.k_layernorm.weight"] = source[f"{a}self_attn.k_norm.weight"]
         out[f"{b}self_attention.linear_qkv.layer_norm_weight"] = source[f"{a}input_layernorm.weight"]
         out[f"{b}self_attention.linear_proj.weight"] = source[f"{a}self_attn.o_proj.weight"]
+        if arch.num_experts:
+            out[f"{b}pre_mlp_layernorm.weight"] = source[f"{a}post_attention_layernorm.weight"]
+            out[f"{b}mlp.router.weight"] = source[f"{a}mlp.gate.weight"]
+            for e in range(arch.num_experts):
+                expert = f"{b}mlp.experts.local_experts.{e}."
+                out[f"{expert}linear_fc1.weight"] = source[f"{a}mlp.experts.gate_up_proj"][e]
+                out[f"{expert}linear_fc2.weight"] = source[f"{a}mlp.experts.down_proj"][e]
+            continue
         out[f"{b}mlp.linear_fc1.layer_norm_weight"] = source[f"{a}post_attention_layernorm.weight"]
         gate, up = source[f"{a}mlp.gate_proj.weight"], source[f"{a}mlp.up_proj.weight"]
         out[f"{b}mlp.linear_fc1.weight"] = torch.cat((gate, up))

@@ -21,7 +21,7 @@ from tests.unit.rollout.conftest import full_log_probs
 VOCAB = 101
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3", "qwen3_moe"])
 def model(request, make_model):
     return make_model(request.param, VOCAB)
 

@@ -17,6 +17,7 @@ PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
     "qwen2.5-1.5b": 1_543_714_304,
+    "qwen3-30b-a3b": 30_532_122_624,
     "smollm2-135m": 134_515_008,
 }
 
@@ -66,7 +67,8 @@ def test_every_shipped_configuration_can_be_reckoned(path, replicas, capsys, tmp
     memory = estimate_memory(config, architecture, layout)
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         value = getattr(memory, name)
-        assert value > 0
+        # Of a pipeline, the fullest process may be one without logits.
+        assert value > 0 or (name == "logits" and p.pipeline > 1)
         assert f"{name} {value / 2**30:.2f}" in text
     assert f"{memory.total / 2**30:.2f} GiB" in text
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"

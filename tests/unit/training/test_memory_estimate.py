@@ -85,12 +85,18 @@ def _measured(config: RunConfig, architecture: Architecture, parallel: Parallel)
     return saved.peak
 
 
+MIXTURES = [("qwen3_moe", "fp32"), ("qwen3_moe", "bf16")]
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "experts_per_token": 2, "expert_ffn_hidden_size": 160, "norm_topk_prob": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize(("family", "precision"), [("qwen2", "fp32"), ("qwen3", "fp32"), ("llama", "bf16")])
+@pytest.mark.parametrize(("family", "precision"), [("qwen2", "fp32"), ("qwen3", "fp32"), ("llama", "bf16"), *MIXTURES])
 def test_activations_are_those_that_autograd_saves(parallel, recompute, family, precision):
     """The estimate was half of what the layers kept, counted logits three times and knew no recomputed layer."""
-    biased, normed = family == "qwen2", family == "qwen3"
-    a = Architecture(family, 3, 96, 6, 2, 24, 320, 1000, False, biased, normed, max_positions=2048)
+    biased, normed, experts = family == "qwen2", family.startswith("qwen3"), EXPERTS if family == "qwen3_moe" else {}
+    a = Architecture(family, 3, 96, 6, 2, 24, 320, 1000, False, biased, normed, max_positions=2048, **experts)
     config = _config(recompute, precision)
     layout = resolve_layout(config, 1, a)
     memory = estimate.estimate_memory(config, a, layout, estimate.Kernels(te=False, fused_norms=False))

@@ -84,6 +84,16 @@ class Interval:
     """Number of the colour, from 0."""
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One row of a chart of bars: parts that lie one after another."""
+
+    label: str
+    """Name at the left."""
+    parts: dict[str, float]
+    """Length of each part, by its name in the legend; the first row's order is that of all."""
+
+
 def thin(points: Sequence[tuple[float, float]], limit: int) -> list[int]:
     """Indices of at most `limit` of `points`: of every run of neighbours the lowest and the highest, and the last.
 
@@ -205,6 +215,29 @@ def interval_chart(
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.margins(x=0.08)
+    return svg.text
+
+
+def bar_chart(rows: Sequence[Bar], title: str, unit: str, width: float = WIDE[0], salt: str = "") -> str:
+    """An `<svg>` element with a bar per row, the first row on top, cut into parts; parts of one name share a colour.
+
+    `width` is in inches; the height follows the number of rows.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    svg = _Svg()
+    with _figure(title, unit, (width, 1.1 + 0.32 * len(rows)), salt, svg) as axes:
+        left = [0.0] * len(rows)
+        for number, name in enumerate(names):
+            values = [row.parts.get(name, 0.0) for row in rows]
+            # There are fewer colours than there may be parts: the second time round they are striped.
+            stripes = "////" if number >= len(_LINES) else None
+            colour = _LINES[number % len(_LINES)]
+            axes.barh(range(len(rows)), values, left=left, color=colour, alpha=0.75, label=name, hatch=stripes)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
+        _legend(axes, inside=False)
     return svg.text
 
 

@@ -55,7 +55,7 @@ def run_sft(context: Context, stage: StageFolder, inputs: SftInputs) -> dict[str
     if stage.done:
         return context.on_main(f"result of {stage.path.name}", stage.result)
     context.on_main("log folder", lambda: new_attempt(stage) and None)
-    trainer = _Trainer(context, stage, inputs)
+    trainer = Trainer(context, stage, inputs)
     result = trainer.train()
 
     def finish() -> dict[str, Any]:
@@ -71,7 +71,7 @@ def run_sft(context: Context, stage: StageFolder, inputs: SftInputs) -> dict[str
     return context.on_main("end of training", finish)
 
 
-class _Trainer:
+class Trainer:
     """The loop and what it holds."""
 
     def __init__(self, context: Context, stage: StageFolder, inputs: SftInputs) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.model.optional import OptionalPackage, check_apex, transformer_engine
+from ra3_megatron.model.optional import OptionalPackage, apex, check_apex, transformer_engine
 from ra3_megatron.parallel.cpu_layer import CHECKED_VERSIONS, install
 from ra3_megatron.report.environment import cpu_name, device_names
 from ra3_megatron.report.figures import format_bytes
+from ra3_megatron.stages.fast_paths import FastPath, Machine, fast_paths
 
 GIB = 1 << 30
 MIN_MEMORY = 4 * GIB
@@ -71,6 +72,8 @@ class Examination:
     """What was looked at."""
     abilities: list[Ability]
     """What follows."""
+    paths: list[FastPath] = field(default_factory=list)
+    """Fast paths, on or not."""
 
     @property
     def healthy(self) -> bool:
@@ -85,6 +88,8 @@ def run_doctor(console: Console | None = None) -> bool:
         examination = examine()
     console.print(_check_table(examination.checks))
     console.print(_ability_table(examination.abilities))
+    if examination.paths:
+        console.print(_path_table(examination.paths))
     console.print("This machine can train." if examination.healthy else "Training will not work before this is cured.")
     return examination.healthy
 
@@ -110,7 +115,18 @@ def examine(folder: Path | None = None) -> Examination:
         shm_check(bool(devices)),
         compiler_check(bool(devices)),
     ]
-    return Examination(checks, abilities(checks, te, devices))
+    paths, broken = look_for_paths()
+    return Examination([*checks, *broken], abilities(checks, te, devices), paths)
+
+
+def look_for_paths() -> tuple[list[FastPath], list[Check]]:
+    """The fast paths, or, where Transformer Engine is installed and does not load, the check that says so."""
+    try:
+        return fast_paths(Machine.found()), []
+    except (ImportError, OSError, RuntimeError) as error:
+        cure = "build it against this torch: pip install --no-build-isolation 'ra3-megatron[te]', or uninstall it"
+        first = str(error).strip().splitlines()[:1]
+        return [], [Check("Transformer Engine", "problem", f"does not load: {' '.join(first)}", cure)]
 
 
 # ---------------------------------------------------------------------------------------------------- software
@@ -151,8 +167,10 @@ def apex_check() -> Check:
         check_apex()
     except UserError as error:
         return Check("apex", "problem", str(error), "pip uninstall apex")
-    found = importlib.util.find_spec("apex") is not None
-    return Check("apex", "ok", "NVIDIA's" if found else "not installed, not needed")
+    found = apex()
+    return Check(
+        "apex", "ok", f"NVIDIA's {found.version or ''}".strip() if found.usable else "not installed, not needed"
+    )
 
 
 def te_check(te: OptionalPackage, on_gpu: bool) -> Check:
@@ -350,4 +368,14 @@ def _ability_table(rows: Sequence[Ability]) -> Table:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(row.name, "[green]yes[/]" if row.works else "[yellow]no[/]", row.why.replace("[", r"\["))
+    return table
+
+
+def _path_table(rows: Sequence[FastPath]) -> Table:
+    marks = {"on": "[green]on[/]", "off": "[yellow]off[/]", "no GPU": "no GPU"}
+    table = Table(title="\nfast paths", title_justify="left", show_edge=False)
+    for column in ("", "state", "with", "without it"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(row.name, marks[row.state], row.found.replace("[", r"\["), row.cost.replace("[", r"\["))
     return table

@@ -102,7 +102,10 @@ def _layers(m: Machine) -> FastPath:
     name = "layers with fused norms, rotation and SwiGLU"
     if m.te.usable:
         return FastPath(name, "on", f"Transformer Engine {m.te.version}")
-    cost = "more kernels, and activations 1.6 times as large (estimate, Qwen2.5-1.5B); pip install --no-build-isolation 'ra3-megatron[te]'"
+    cost = (
+        "more kernels, and activations 1.6 times as large (estimate, Qwen2.5-1.5B); "
+        "pip install --no-build-isolation 'ra3-megatron[te]'"
+    )
     return FastPath(name, _state(False, m), f"torch ({m.te.reason})", cost)
 
 

@@ -16,7 +16,9 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 
 from ra3_megatron.checkpoint.distributed import sharding_metadata
+from ra3_megatron.checkpoint.fp8_state import make_plain, put_back
 from ra3_megatron.model.factory import unwrap
+from ra3_megatron.model.precision import renew_quantised_weights
 from ra3_megatron.parallel.groups import Parallel
 
 
@@ -83,10 +85,22 @@ def _rng_entry(data: Any, parallel: Parallel) -> ShardedObject:
     return ShardedObject("rng", data, (parallel.world_size,), (parallel.rank,), replica_id=0)
 
 
-def model_state(model_chunks: Sequence[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
-    """Sharded state of all chunks, by `model0`, `model1`, …; the names inside are the same for every layout."""
+def _own_model_state(model_chunks: Sequence[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
+    """Sharded state whose data are the parameters themselves, which the optimizer finds its own by."""
     metadata = sharding_metadata(parallel)
     return {f"model{i}": unwrap(c).sharded_state_dict(metadata=metadata) for i, c in enumerate(model_chunks)}
+
+
+def _make_plain(state: dict[str, Any], model_chunks: Sequence[torch.nn.Module]) -> None:
+    for i, chunk in enumerate(model_chunks):
+        make_plain(state[f"model{i}"], chunk)
+
+
+def model_state(model_chunks: Sequence[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
+    """Sharded state of all chunks, by `model0`, `model1`, …; the names inside are the same for every layout."""
+    state = _own_model_state(model_chunks, parallel)
+    _make_plain(state, model_chunks)
+    return state
 
 
 @contextmanager
@@ -112,11 +126,12 @@ def gather_state(
 ) -> dict[str, Any]:
     """Collective: the sharded state of a save. `extras` are plain values, the same on every rank."""
     synchronise_parameters(model_chunks)
-    state = model_state(model_chunks, parallel)
+    state = _own_model_state(model_chunks, parallel)
     if optimizer is not None:
         models = {name: dict(tensors) for name, tensors in state.items()}
         with _old_objects_set_aside():
             state["optimizer"] = optimizer.sharded_state_dict(models, metadata=sharding_metadata(parallel))
+    _make_plain(state, model_chunks)
     if lr_scheduler is not None:
         state["lr_scheduler"] = lr_scheduler.state_dict()
     state["extras"] = extras
@@ -128,11 +143,12 @@ def wanted_state(
     model_chunks: Sequence[torch.nn.Module], optimizer: Any, same_layout: bool, parallel: Parallel
 ) -> dict[str, Any]:
     """Collective: the sharded state to fill from a checkpoint; random states only where the layout is the same."""
-    state = model_state(model_chunks, parallel)
+    state = _own_model_state(model_chunks, parallel)
     if optimizer is not None:
         models = {name: dict(tensors) for name, tensors in state.items()}
         metadata = sharding_metadata(parallel)
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=True, metadata=metadata)
+    _make_plain(state, model_chunks)
     if same_layout:
         state["rng"] = _rng_entry(None, parallel)
     return state
@@ -141,4 +157,5 @@ def wanted_state(
 def put_back_models(model_chunks: Sequence[torch.nn.Module], values: dict[str, Any]) -> None:
     """Load what came back into the model chunks."""
     for i, chunk in enumerate(model_chunks):
-        unwrap(chunk).load_state_dict(values[f"model{i}"])
+        put_back(chunk, values[f"model{i}"])
+    renew_quantised_weights(model_chunks)

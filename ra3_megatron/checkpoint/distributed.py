@@ -212,6 +212,8 @@ def load_sharded(folder: Path | str, sharded_state_dict: dict[str, Any], paralle
         _quiet()
         # Megatron calls what a rank asks for and the checkpoint lacks "unexpected", and what nobody asks for "missing".
         values, _, lacking = dist_checkpointing.load(sharded_state_dict, str(folder), strict=StrictHandling.RETURN_ALL)
+    # Modules of Transformer Engine ask for a state that checkpoints of torch layers have no place for.
+    lacking = [key for key in lacking if not key.endswith("_extra_state")]
     if lacking:
         raise UserError(
             f"{folder} lacks {len(lacking)} entries this run needs, e.g. {sorted(lacking)[:4]}; "

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ra3_megatron.model.factory import unwrap
+from ra3_megatron.model.precision import is_quantised
 from ra3_megatron.parallel.collectives import gather_objects
 from ra3_megatron.parallel.groups import Parallel
 
@@ -106,12 +107,16 @@ class ParameterSums:
         offset: Sequence[int],
         global_shape: Sequence[int],
         row_limit: int | None = None,
+        dtype: str | None = None,
     ) -> None:
-        """Add one shard; rows of the first axis from `row_limit` on (vocabulary padding) are left out."""
+        """Add one shard; rows of the first axis from `row_limit` on (vocabulary padding) are left out.
+
+        `dtype` names what the numbers are, where that is not the type they come in.
+        """
         if row_limit is not None:
             shard = shard[: max(0, min(shard.shape[0], row_limit - offset[0]))]
             global_shape = (min(row_limit, global_shape[0]), *global_shape[1:])
-        dtype = str(shard.dtype).removeprefix("torch.")
+        dtype = dtype or str(shard.dtype).removeprefix("torch.")
         self._put(key, dtype, tuple(global_shape), shard_sum(key, shard, offset, global_shape))
 
     def merge(self, other: "ParameterSums") -> None:
@@ -135,14 +140,23 @@ class ParameterSums:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def model_shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[Any]:
-    """Yield Megatron's `ShardedTensor` of every tensor this rank holds, factories (gated MLP) taken apart."""
+def model_shards(model_chunks: Sequence[torch.nn.Module], values: bool = True) -> Iterator[Any]:
+    """Yield Megatron's `ShardedTensor` of every tensor this rank holds, factories (gated MLP) taken apart.
+
+    Weights kept in FP8 cannot be cut up as they are; they come as the numbers they stand for, on the host, or without
+    `values` as shapes alone.
+    """
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
     for chunk in model_chunks:
         tensors = unwrap(chunk).sharded_state_dict()
+        for entry in tensors.values():
+            data = getattr(entry, "data", None)
+            if isinstance(data, torch.Tensor) and is_quantised(data):
+                shape_only = torch.empty(data.shape, dtype=data.dtype, device="meta")
+                entry.data = data.detach().dequantize().cpu() if values else shape_only
         apply_factories(tensors)
         yield from (x for x in nested_values(tensors) if isinstance(x, ShardedTensor))
 
@@ -173,6 +187,8 @@ def parameter_sums(
     """
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 
+    # Weights kept in FP8 were rounded when loaded: their sums are of other numbers than those that were saved.
+    name = "float8" if any(is_quantised(p) for chunk in model_chunks for p in chunk.parameters()) else None
     local = ParameterSums()
     for shard in model_shards(model_chunks):
         if is_main_replica(shard.replica_id):
@@ -180,7 +196,7 @@ def parameter_sums(
             for _ in range(shard.prepend_axis_num):
                 data = data[None]
             limit = vocab_size if shard.allow_shape_mismatch else None
-            local.add(shard.key, data, shard.global_offset, shard.global_shape, limit)
+            local.add(shard.key, data, shard.global_offset, shard.global_shape, limit, name)
     return merge_sums(gather_objects(parallel.world, local, "hash of the parameters"))
 
 

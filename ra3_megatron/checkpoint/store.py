@@ -27,6 +27,7 @@ from ra3_megatron.checkpoint.distributed import (
     on_main,
     raise_write_errors,
 )
+from ra3_megatron.checkpoint.fp8_state import requantise
 from ra3_megatron.checkpoint.hashing import hashed_keys, model_shards, parameter_sums
 from ra3_megatron.checkpoint.manifest import (
     ARCHITECTURE,
@@ -165,7 +166,7 @@ class CheckpointStore:
         try:
             on_main(self._parallel, unfinished, lambda: self._prepare(unfinished, state))
             sharded = gather_state(model_chunks, optimizer, lr_scheduler, extras or {}, self._parallel)
-            keys = hashed_keys(model_shards(model_chunks), self._architecture.vocab_size)
+            keys = hashed_keys(model_shards(model_chunks, values=False), self._architecture.vocab_size)
             files = begin_save(unfinished / "dist", sharded, self._parallel, keys, self._config.timeout_s)
             self._check_space(files.staged_bytes)
         except CheckpointWriteError as error:
@@ -340,6 +341,7 @@ class CheckpointStore:
         put_back_models(model_chunks, values)
         if optimizer is not None:
             optimizer.load_state_dict(values["optimizer"])
+            requantise(model_chunks, optimizer)
         if lr_scheduler is not None:
             if "lr_scheduler" not in values:
                 raise UserError(f"checkpoint {info.folder} holds no learning-rate schedule; load only its weights")

@@ -24,14 +24,50 @@ class ModelConfig:
     """Standard deviation of random initial weights (used only without `source`)."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Numbers of the forward and backward pass; bf16 and fp8 keep fp32 master weights."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
-    """Scaling recipe of Transformer Engine; read only when precision is fp8."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = "tensorwise"
+    """Scaling recipe of Transformer Engine, read only when precision is fp8: one scale per tensor, from the steps
+    before (delayed) or from the tensor itself (tensorwise); one per 128 values (blockwise, Hopper), per 32 (mxfp8) or
+    per 16 values of four bits (nvfp4), both Blackwell. docs/gpu.md says which to choose."""
+    fp8_format: Literal["auto", "hybrid", "e4m3"] = "auto"
+    """Eight-bit numbers: hybrid has gradients in E5M2 (wide range) and the rest in E4M3, e4m3 has all in E4M3; auto is
+    what the recipe was published with: hybrid for delayed and tensorwise, e4m3 for blockwise and mxfp8."""
+    fp8_params: bool = False
+    """Keep the weights of FP8 layers in FP8 alone and gather them over the replicas in FP8: 1 byte per weight instead
+    of 2 and its FP8 copy. The fp32 master weights of the optimizer stay. Not with mxfp8 and nvfp4."""
+    fp8_amax_history: int = 1024
+    """Micro-batches whose largest values the delayed recipe remembers; read by that recipe alone."""
+    fp8_amax_algo: Literal["max", "most_recent"] = "max"
+    """Which of the remembered values makes the delayed recipe's next scale."""
+    bf16_layers_at_start: int = 0
+    """First transformer layers that compute in BF16 when precision is fp8; not with the delayed recipe."""
+    bf16_layers_at_end: int = 0
+    """Last transformer layers that compute in BF16, likewise."""
+    fp8_health_interval: int = 50
+    """Steps between records of the largest value, scale and overflows of the FP8 tensors per group of layers; 0 = none.
+    Read only when precision is fp8."""
+    fp8_probe_interval: int = 500
+    """Steps between measurements of the loss of one micro-batch in FP8 and in BF16 on the same weights, before the step
+    that trains on it; 0 = none. One costs two forward passes. Read only when precision is fp8."""
+    fp8_probe_limit: float = 0.02
+    """Largest relative difference of the two losses; beyond it the run stops. Infinity (.inf) = only log it."""
     layers: Literal["auto", "te", "local"] = "auto"
     """Layer implementation: Transformer Engine, torch, or whichever this machine has (logged at start)."""
     vocab_multiple: int = 128
     """The embedding is padded to a multiple of this times the tensor-parallel size, rows."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: none, core attention only, or whole layers."""
+    """Activations recomputed in the backward pass: none, those of `recompute_modules`, or whole layers."""
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    """Parts of a layer whose activations selective recompute makes again: core_attn (pays with torch's attention on
+    long windows only; Transformer Engine's keeps no scores), mlp."""
+    recompute_layers: int | None = None
+    """Layers of each pipeline stage that full recompute makes again one by one, the others keep their activations;
+    none = all of them."""
+    offload_layers: int = 0
+    """First transformer layers whose activations wait for the backward pass in the host's memory; 0 = none. Needs
+    Transformer Engine's layers and neither pipeline nor recompute."""
+    deterministic: bool = False
+    """Add up in a fixed order on a GPU too, as a CPU always does: a resumed run equals an uninterrupted one bit for
+    bit. Costs speed; docs/gpu.md says what else it needs."""
 
 
 @dataclass(frozen=True)

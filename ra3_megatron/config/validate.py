@@ -7,6 +7,7 @@ from typing import Protocol
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.experts import ExpertSizes, check_expert_rollouts, check_expert_split, expert_replicas
+from ra3_megatron.config.precision import check_fp8_tokens, check_precision
 from ra3_megatron.config.ra3 import THINKING_ARMS
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.sections import ParallelConfig
@@ -71,6 +72,7 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
     _check_rlvr(config, data)
     check_model_split(p, architecture)
     check_expert_rollouts(config)
+    check_precision(config.model, p, architecture)
     _check_windows(config, architecture)
     if t.global_batch_size % (t.micro_batch_size * data):
         raise UserError(
@@ -307,6 +309,8 @@ def _check_windows(config: RunConfig, a: Architecture) -> None:
             f"train.seq_length ({t.seq_length}) is not a multiple of {unit} (2 x parallel.context"
             f"{' x parallel.tensor, sequence-parallel' if p.sequence else ''}); use {_round_up(t.seq_length, unit)}"
         )
+    spelled = f"train.seq_length ({t.seq_length}) x micro_batch_size ({t.micro_batch_size})"
+    check_fp8_tokens(config.model, p, t.seq_length * t.micro_batch_size, spelled)
     if t.seq_length > a.max_positions:
         raise UserError(
             f"train.seq_length ({t.seq_length}) exceeds the model's max_positions ({a.max_positions}); shorten it"

@@ -13,13 +13,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.precision import check_precision
 from ra3_megatron.config.sections import ModelConfig
 from ra3_megatron.config.validate import check_model_split, padded_vocab_size
 from ra3_megatron.model.experts import moe_settings, prepare_experts
 from ra3_megatron.model.optional import check_apex, have_te, require_te
+from ra3_megatron.model.precision import (
+    check_chip,
+    describe_layers,
+    precision_options,
+    refuse_silent_bf16,
+    set_deterministic,
+)
 from ra3_megatron.model.rope import PackedRotaryEmbedding
 from ra3_megatron.model.spec import block_spec
 from ra3_megatron.parallel.groups import Parallel, ParallelSizes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,31 +54,32 @@ def choose_layers(model: ModelConfig) -> LayerChoice:
                 "model.precision fp8 with model.layers local; FP8 exists only in Transformer Engine's layers"
             )
         require_te("model.precision fp8")
+        check_chip(model)
         return LayerChoice(True, f"Transformer Engine layers, FP8 recipe {model.fp8_recipe}")
-    if model.layers == "te":
-        require_te("model.layers te")
+    if model.layers == "te" or model.offload_layers:
+        require_te("model.layers te" if model.layers == "te" else f"model.offload_layers {model.offload_layers}")
         return LayerChoice(True, "Transformer Engine layers, as asked")
-    if model.layers == "auto" and have_te():
+    if model.layers == "auto" and model.precision != "fp32" and have_te():
         return LayerChoice(True, "Transformer Engine layers (found on this machine)")
-    why = "as asked" if model.layers == "local" else "no usable Transformer Engine here"
+    if model.layers == "local":
+        return LayerChoice(False, "torch layers (as asked)")
+    # Transformer Engine has no fused attention in fp32 and would keep the scores of every window; torch has one.
+    why = "fp32; Transformer Engine's fused attention has none" if have_te() else "no usable Transformer Engine here"
     return LayerChoice(False, f"torch layers ({why})")
-
-
-def _precision(model: ModelConfig) -> dict[str, Any]:
-    if model.precision == "fp32":
-        return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    options: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
-    if model.precision == "fp8":
-        options |= {"fp8": "hybrid", "fp8_recipe": model.fp8_recipe}
-    return options
 
 
 def _recompute(model: ModelConfig) -> dict[str, Any]:
     if model.recompute == "none":
         return {}
     if model.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {"recompute_granularity": "selective", "recompute_modules": list(model.recompute_modules)}
+    if model.recompute_layers is None:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": model.recompute_layers,
+    }
 
 
 def build_transformer_config(
@@ -79,9 +90,10 @@ def build_transformer_config(
     Fusions that exist only as CUDA or Transformer Engine kernels are off elsewhere. Dropout is off; with torch layers
     on a CPU every operation is deterministic, so that a resumed run equals an uninterrupted one bit for bit (attention
     kernels on a GPU add in no fixed order). Loss functions return sums and token counts (`calculate_per_token_loss`).
-    Raises UserError when the sizes do not divide the model.
+    Raises UserError when the sizes do not divide the model or FP8 cannot take its matrices.
     """
     check_model_split(sizes, arch)
+    check_precision(model, sizes, arch)
     interleaved = sizes.virtual_pipeline is not None
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -115,7 +127,7 @@ def build_transformer_config(
         variable_seq_lengths=sizes.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        deterministic_mode=not use_te,
+        deterministic_mode=not use_te or model.deterministic,
         use_cpu_initialization=not on_gpu,
         transformer_impl="transformer_engine" if use_te else "local",
         bias_activation_fusion=use_te,
@@ -123,12 +135,15 @@ def build_transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=use_te,
         persist_layer_norm=use_te,
+        # Switched on layer by layer once there are fp32 gradient buffers (`fuse_weight_gradients`).
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=False,
         # No CUDA graphs; Megatron's default names a mode it then warns about.
         cuda_graph_modules=[],
         **moe_settings(arch, sizes, use_te),
-        **_precision(model),
+        cpu_offloading=model.offload_layers > 0,
+        cpu_offloading_num_layers=model.offload_layers,
+        **precision_options(model),
         **_recompute(model),
     )
 
@@ -153,7 +168,8 @@ def build_model(arch: Architecture, model: ModelConfig, parallel: Parallel) -> l
 
     A chunk maps `input_ids`, `position_ids` [batch, seq] (packed windows: batch 1 with `packed_seq_params`) to logits
     [batch, seq, padded vocabulary / tp], or to hidden states before the last stage. BF16 and FP8 chunks are wrapped
-    in Megatron's Float16Module. Weights are random; the seed is `seed_everything`'s.
+    in Megatron's Float16Module. Weights are random; the seed is `seed_everything`'s. What was built is logged; raises
+    Fp8NotInUse when that is not the FP8 that was asked for.
 
     GPTModel it is, although 0.19 announces HybridModel as its successor. HybridModel counts attention and MLP as layers
     of their own ("*-" per transformer layer), so checkpoint keys and pipeline splits differ from every mapping there
@@ -161,12 +177,23 @@ def build_model(arch: Architecture, model: ModelConfig, parallel: Parallel) -> l
     without Llama 3's scaling. This factory is the only place that names the class.
     """
     choice = choose_layers(model)
-    logging.getLogger(__name__).info("%s", choice.reason)
-    config = build_transformer_config(arch, model, parallel.sizes, choice.use_te, parallel.on_gpu)
+    log.info("%s", choice.reason)
+    if model.deterministic and parallel.on_gpu:
+        set_deterministic(choice.use_te)
+    return build_chunks(arch, model, parallel, choice.use_te)
+
+
+def build_chunks(arch: Architecture, model: ModelConfig, parallel: Parallel, use_te: bool) -> list[torch.nn.Module]:
+    """The chunks of `build_model` with layers of Transformer Engine or of torch; logs what was built."""
+    config = build_transformer_config(arch, model, parallel.sizes, use_te, parallel.on_gpu)
     stages: list[int | None] = [None]
     if parallel.sizes.virtual_pipeline is not None:
         stages = list(range(parallel.sizes.virtual_pipeline))
-    return [_build_chunk(arch, model, parallel, config, choice.use_te, stage) for stage in stages]
+    chunks = [_build_chunk(arch, model, parallel, config, use_te, stage) for stage in stages]
+    refuse_silent_bf16(chunks, model)
+    for line in describe_layers(chunks):
+        log.info("%s", line)
+    return chunks
 
 
 def _build_chunk(

@@ -28,6 +28,35 @@ class Metric:
     """Whether it depends on the clock or the machine: it is kept apart, so that curves compare bit for bit."""
 
 
+_FP8_KINDS = {
+    "input": "inputs of linear layers",
+    "weight": "weights",
+    "gradient": "gradients of linear layers' outputs",
+}
+
+_FP8 = (
+    *(
+        Metric(f"fp8_{kind}_amax_{quarter}", "1", f"largest size of {what}, quarter {quarter} of the layers")
+        for kind, what in _FP8_KINDS.items()
+        for quarter in (1, 2, 3, 4)
+    ),
+    *(
+        Metric(f"fp8_{kind}_scale_{quarter}", "1", f"smallest factor of {what} before rounding, in that quarter")
+        for kind, what in _FP8_KINDS.items()
+        for quarter in (1, 2, 3, 4)
+    ),
+    *(
+        Metric(f"fp8_{kind}_{flow}flow", "fraction", f"{what}: values {meaning}")
+        for kind, what in _FP8_KINDS.items()
+        for flow, meaning in (("over", "beyond the largest number"), ("under", "not zero that round to zero"))
+    ),
+    Metric("fp8_nonfinite", "values", "NaN and infinite values among all of these"),
+    Metric("fp8_probe_loss", "nats per token", "loss of the step's first micro-batch in FP8, before the update"),
+    Metric("fp8_probe_bf16_loss", "nats per token", "the same in BF16, same weights"),
+    Metric("fp8_probe_difference", "fraction", "difference of the two losses over the second"),
+    Metric("fp8_probe_gap", "nats", "mean |difference| of a token's log-probability in FP8 and in BF16"),
+)
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -112,6 +141,7 @@ METRICS: dict[str, Metric] = {
         Metric("validation_answer_tokens", "tokens", "mean length of an answer to a held-out task"),
         Metric("rollout_tokens", "tokens", "tokens fed through the model by rollouts so far, mean of the replicas"),
         Metric("forward_passes", "passes", "forward passes of rollouts so far, mean of the replicas"),
+        *_FP8,
         Metric("rollout_seconds", "seconds", "time spent on the rollouts of the step", wall=True),
         Metric("judge_seconds", "seconds", "time spent waiting for verdicts after the last answer", wall=True),
         Metric("score_seconds", "seconds", "time spent on log-probs of other models", wall=True),

@@ -16,6 +16,7 @@ from ra3_megatron.config.files import DONE, is_done
 from ra3_megatron.report.charts import WIDE, Line, line_chart, smooth
 from ra3_megatron.report.environment import redact
 from ra3_megatron.report.figures import Row, finite_series, flatten_numbers, format_bytes, last, leaves, series
+from ra3_megatron.report.fp8_view import fp8_charts, fp8_figures
 from ra3_megatron.report.progress import format_duration, format_rate
 from ra3_megatron.report.rlvr_view import ShownGroup, is_rlvr, rlvr_charts, rlvr_figures, shown_groups
 from ra3_megatron.report.schema import METRICS
@@ -71,8 +72,8 @@ def stage_view(folder: Path, records: Sequence[dict[str, Any]], reward_unit: str
         name=folder.name,
         finished=is_done(folder),
         many=estep or rlvr,
-        figures=figures + _common_figures(records),
-        charts=charts,
+        figures=figures + fp8_figures(records) + _common_figures(records),
+        charts=charts + fp8_charts(records, folder.name),
         validation=[(str(s), f"{y:.4f}") for s, y in series(records, "validation_loss")],
         counts=[(name, rows) for name, content in _count_files(folder / "data") if (rows := flatten_numbers(content))],
         checkpoints=_checkpoints(folder / "checkpoints"),

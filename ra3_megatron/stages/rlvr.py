@@ -289,6 +289,7 @@ class Rlvr:
             refilled=data["refilled"],
             rollout_tokens=data["work"]["rollout_tokens"] / self.parallel.sizes.data,
             forward_passes=data["work"]["forward_passes"] / self.parallel.sizes.data,
+            **{name: value for result in results for name, value in result.fp8.items()},
             **walls,
         )
         progress.update(step, pass_rate=values["pass_rate"], seconds=walls["step_seconds"])

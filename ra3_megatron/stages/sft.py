@@ -250,6 +250,7 @@ class Trainer:
             skipped_steps=self.state.skipped_steps,
             step_seconds=seconds,
             tokens_per_second=tokens / seconds,
+            **result.fp8,
         )
         if step % self.config.report.interval == 0 or step == self.total:
             progress.update(step, loss=result.loss, tokens_per_second=tokens / seconds)

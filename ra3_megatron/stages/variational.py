@@ -308,6 +308,7 @@ class EStep:
             broken_programs=self.state.data["broken"],
             rollout_tokens=work["rollout_tokens"] / replicas,
             forward_passes=work["forward_passes"] / replicas,
+            **result.fp8,
             **walls,
         )
         progress.update(step, reward=values["reward"], think_rate=values["think_rate"], seconds=walls["step_seconds"])

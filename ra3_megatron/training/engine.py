@@ -7,7 +7,7 @@ replicas and context-parallel shards, and neither loss nor gradient depends on h
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,14 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.data.batch import TrainBatch, context_parallel_slice
 from ra3_megatron.model.factory import unwrap
+from ra3_megatron.model.fusions import fuse_weight_gradients
+from ra3_megatron.model.precision import renew_quantised_weights
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.parallel.phases import phase
 from ra3_megatron.training.actions import ActionRows, ActionTable, TokenScores, scattered, score_actions
 from ra3_megatron.training.components import LossComponent
+from ra3_megatron.training.fp8_watch import Fp8Watch
 from ra3_megatron.training.nonfinite import NonFiniteStep, explain_nonfinite
 from ra3_megatron.training.optimizer import build_optimizer, build_scheduler
 from ra3_megatron.training.schedule import at_rows, label_rows, run_schedule, vocabulary_shard
@@ -57,6 +60,8 @@ class StepResult(LossResult):
     """Learning rate used."""
     skipped: bool
     """Whether the update was left out because a loss or gradient was not finite."""
+    fp8: dict[str, float] = field(default_factory=dict)
+    """Metrics of FP8 that were due at this step (`training/fp8_watch.py`)."""
 
 
 class TrainEngine:
@@ -100,6 +105,7 @@ class TrainEngine:
         self.scheduler = build_scheduler(config, self.optimizer, total_steps)
         self._hook_schedule()
         self.vocab = vocabulary_shard(chunks, architecture, parallel)
+        self._fp8 = Fp8Watch(config.model, self.chunks, parallel, self.vocab)
 
     def _hook_schedule(self) -> None:
         """Tell Megatron's schedule how to scale, synchronise and finish gradients."""
@@ -121,15 +127,17 @@ class TrainEngine:
         """Forward, backward and update on one global batch.
 
         `batches` are this replica's micro-batches, the same on all its tensor-, pipeline- and context-parallel ranks.
-        Raises NonFiniteStep when a loss or gradient is not finite and `train.on_nonfinite` is `stop`.
+        Raises NonFiniteStep when a loss or gradient is not finite and `train.on_nonfinite` is `stop`, Fp8Diverged when
+        FP8 and BF16 disagree on the batch, Fp8NotInUse when no layer ran in the FP8 that was asked for.
         """
         self.parallel.mark(f"train step {step}")
+        probed = self._fp8.probe(step, batches)
         with phase("update"), explain_timeouts(self.parallel.world, f"train step {step}"):
             for chunk in self.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            with phase("forward and backward"):
+            with phase("forward and backward"), self._fp8.watching(step) as fp8:
                 result, local = self._run(batches, forward_only=False)
             with phase("gradient norm"):
                 self.optimizer.prepare_grads()
@@ -147,13 +155,14 @@ class TrainEngine:
                 raise NonFiniteStep(message)
             if self.parallel.is_main:
                 print(f"skipped: {message}", flush=True)
-        return StepResult(**vars(result), grad_norm=grad_norm, lr=lr, skipped=not finite)
+        return StepResult(**vars(result), grad_norm=grad_norm, lr=lr, skipped=not finite, fp8={**probed, **fp8})
 
     def _update(self, grad_norm: float) -> None:
         clip = self.config.optimizer.clip_grad
         if clip > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), max_norm=clip, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
+        renew_quantised_weights(self.chunks)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TrainBatch]) -> LossResult:
@@ -311,8 +320,11 @@ def _wrap(config: RunConfig, chunk: torch.nn.Module) -> DistributedDataParallel:
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=True,
+        fp8_param_gather=config.model.fp8_params,
     )
-    return DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk)
+    wrapped = DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk)
+    fuse_weight_gradients(wrapped)
+    return wrapped
 
 
 def _finalize(

@@ -28,6 +28,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Meg
         params_dtype=torch.float32 if config.model.precision == "fp32" else torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_param_gather=p.overlap_param_gather,
+        fp8_recipe=config.model.fp8_recipe if config.model.fp8_params else None,
     )
     optimizer = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False)
     for group in optimizer.param_groups:

@@ -203,12 +203,18 @@ def _some_logits(rows: Tensor, **given: Any) -> Tensor:
 
 
 def _packed(batch: TrainBatch, device: torch.device) -> PackedSeqParams:
-    """Boundaries of the whole micro-batch; context-parallel attention derives its shard's from them."""
+    """Boundaries of the whole micro-batch; context-parallel attention derives its shard's from them.
+
+    Padding belongs to the sequences, so the padded boundaries are the same tensor: Transformer Engine insists on having
+    them under context parallelism, and that they are one object tells it that nothing lies between sequences.
+    """
     cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )

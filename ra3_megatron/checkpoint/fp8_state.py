@@ -9,6 +9,7 @@ tensors in the place of Megatron's `_extra_state` objects; recipes without state
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ from ra3_megatron.model.precision import is_quantised
 
 log = logging.getLogger(__name__)
 
-EXTRA_STATE = "_extra_state"
-"""End of the keys of Transformer Engine's state; a checkpoint of torch layers has fewer of them."""
+_EXTRA_STATE = re.compile(r"(.*)\._extra_state\d*")
+"""Keys of Transformer Engine's state and the module's name in them; a group of experts has one per expert. A checkpoint
+of torch layers has fewer of them."""
 
 _STATES = (("scaling_fwd", "fwd"), ("scaling_bwd", "bwd"))
 
@@ -36,8 +38,8 @@ def make_plain(entries: dict[str, Any], chunk: Any) -> None:
     module = unwrap(chunk)
     for name, entry in entries.items():
         data = getattr(entry, "data", None)
-        if name.endswith(EXTRA_STATE):
-            entry.data = _scales(module.get_submodule(name.removesuffix(f".{EXTRA_STATE}")))
+        if found := _EXTRA_STATE.fullmatch(name):
+            entry.data = _scales(module.get_submodule(found[1]))
         elif isinstance(data, Tensor) and is_quantised(data):
             entry.data = data.detach().dequantize().cpu()
 
@@ -61,11 +63,11 @@ def put_back(chunk: Any, values: dict[str, Any]) -> None:
     Raises UserError when parameters are missing, or there are some that the model lacks.
     """
     module = unwrap(chunk)
-    states = {name: values.pop(name) for name in list(values) if name.endswith(EXTRA_STATE)}
+    states = {found[1]: values.pop(name) for name in list(values) if (found := _EXTRA_STATE.fullmatch(name))}
     kept = delayed_states([module])
     before = [t.clone() for t in kept]
     found = module.load_state_dict(values, strict=False)
-    wrong = [n for n in (*found.missing_keys, *found.unexpected_keys) if not n.endswith(EXTRA_STATE)]
+    wrong = [n for n in (*found.missing_keys, *found.unexpected_keys) if not _EXTRA_STATE.fullmatch(n)]
     if wrong:
         raise UserError(f"the checkpoint and the model differ in {wrong[:4]}; it is a checkpoint of another model")
     # Quantising a weight leaves its largest value in the history of the delayed recipe.
@@ -93,7 +95,7 @@ def _restore_scales(module: Any, states: dict[str, Any]) -> None:
     recipe, restored = get_fp8_recipe(config), 0
     for name, state in states.items():
         if isinstance(state, dict):
-            _restore(module.get_submodule(name.removesuffix(f".{EXTRA_STATE}")), state, recipe)
+            _restore(module.get_submodule(name), state, recipe)
             restored += 1
     if not restored:
         log.info("the checkpoint holds no scales of the delayed recipe; they start anew")

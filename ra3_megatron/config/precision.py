@@ -14,9 +14,9 @@ FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, 
 """Recipe → what both sides of every matrix product must be multiples of: 16 bytes for the matrix units, and for mxfp8
 a whole block."""
 
-RECOMPUTABLE = ("core_attn", "mlp")
-"""Values of `model.recompute_modules`. Megatron's others would change nothing in a dense layer: its norms are part of
-the linear layers behind them."""
+RECOMPUTABLE = ("core_attn", "mlp", "moe")
+"""Values of `model.recompute_modules`: `mlp` of dense layers, `moe` of layers with experts. Megatron's others would
+change nothing in a dense layer: its norms are part of the linear layers behind them."""
 
 
 class Shards(Protocol):
@@ -30,6 +30,8 @@ class Shards(Protocol):
     def context(self) -> int: ...
     @property
     def sequence(self) -> bool: ...
+    @property
+    def expert_tensor(self) -> int | None: ...
 
 
 def check_precision(model: ModelConfig, p: Shards, a: Architecture) -> None:
@@ -44,7 +46,7 @@ def check_precision(model: ModelConfig, p: Shards, a: Architecture) -> None:
         return
     if model.layers == "local":
         raise UserError("model.precision fp8 with model.layers local; FP8 exists only in Transformer Engine's layers")
-    _check_recipe(model)
+    _check_recipe(model, a)
     _check_bf16_layers(model, p, a)
     if model.fp8_amax_history < 1 or min(model.fp8_health_interval, model.fp8_probe_interval) < 0:
         raise UserError(
@@ -72,10 +74,11 @@ def check_fp8_tokens(model: ModelConfig, p: Shards, tokens: int, spelled: str) -
 
 
 def _check_memory(model: ModelConfig, p: Shards, a: Architecture) -> None:
-    unknown = [name for name in model.recompute_modules if name not in RECOMPUTABLE]
-    if unknown or not model.recompute_modules:
+    known = [name for name in RECOMPUTABLE if name != ("mlp" if a.num_experts else "moe")]
+    if not model.recompute_modules or set(model.recompute_modules) - set(known):
         raise UserError(
-            f"model.recompute_modules is {list(model.recompute_modules)}; give one or more of {', '.join(RECOMPUTABLE)}"
+            f"model.recompute_modules is {list(model.recompute_modules)}; this model has {', '.join(known)}: give one "
+            "or more of these"
         )
     stage = a.num_layers // p.pipeline
     if model.recompute_layers is not None and not (model.recompute == "full" and 1 <= model.recompute_layers <= stage):
@@ -97,8 +100,13 @@ def _check_memory(model: ModelConfig, p: Shards, a: Architecture) -> None:
         )
 
 
-def _check_recipe(model: ModelConfig) -> None:
+def _check_recipe(model: ModelConfig, a: Architecture) -> None:
     recipe = model.fp8_recipe
+    if recipe == "delayed" and a.num_experts:
+        raise UserError(
+            f"model.fp8_recipe is delayed and the model has {a.num_experts} experts, whose scales would not be saved "
+            "with the rest; use model.fp8_recipe=tensorwise or blockwise"
+        )
     if model.fp8_params and recipe in ("mxfp8", "nvfp4"):
         raise UserError(
             f"model.fp8_params with model.fp8_recipe {recipe}; weights kept in that format are not supported here; "
@@ -150,9 +158,13 @@ def fp8_matrices(p: Shards, a: Architecture) -> list[Matrix]:
     """Sides of the matrices of a layer that FP8 products read."""
     heads = "model.architecture.num_heads x head_dim / parallel.tensor"
     both = "model.architecture.(num_heads + 2 x num_kv_heads) x head_dim / parallel.tensor"
+    mlp = Matrix("model.architecture.ffn_hidden_size / parallel.tensor", a.ffn_hidden_size // p.tensor)
+    if a.num_experts:
+        share = "model.architecture.expert_ffn_hidden_size / parallel.expert_tensor"
+        mlp = Matrix(share, a.expert_ffn_hidden_size // (p.expert_tensor or p.tensor))
     return [
         Matrix("model.architecture.hidden_size", a.hidden_size),
         Matrix(heads, a.num_heads * a.head_dim // p.tensor),
         Matrix(both, (a.num_heads + 2 * a.num_kv_heads) * a.head_dim // p.tensor),
-        Matrix("model.architecture.ffn_hidden_size / parallel.tensor", a.ffn_hidden_size // p.tensor),
+        mlp,
     ]

@@ -58,7 +58,7 @@ class ModelConfig:
     """Activations recomputed in the backward pass: none, those of `recompute_modules`, or whole layers."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """Parts of a layer whose activations selective recompute makes again: core_attn (pays with torch's attention on
-    long windows only; Transformer Engine's keeps no scores), mlp."""
+    long windows only; Transformer Engine's keeps no scores), mlp; moe in layers with experts."""
     recompute_layers: int | None = None
     """Layers of each pipeline stage that full recompute makes again one by one, the others keep their activations;
     none = all of them."""

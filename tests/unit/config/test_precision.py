@@ -32,6 +32,7 @@ def refused(world=1, architecture=ARCH, **sections):
         ({"precision": "fp8", "fp8_probe_limit": 0.0}, ("fp8_probe_limit is 0.0",)),
         ({"precision": "fp8", "fp8_amax_history": 0}, ("fp8_amax_history 0", "at least 1")),
         ({"recompute_modules": ["layernorm"]}, ("recompute_modules", "core_attn, mlp")),
+        ({"recompute_modules": ["moe"]}, ("recompute_modules", "core_attn, mlp")),
         ({"recompute_layers": 2}, ("recompute_layers is 2", "model.recompute=full")),
         ({"recompute": "full", "recompute_layers": 5}, ("recompute_layers is 5", "1 to 4")),
         ({"offload_layers": 4}, ("offload_layers is 4", "0 to 3")),

@@ -5,7 +5,7 @@ laid next to its one key head and the kernel reads that head again through a str
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _LAYOUT = "_ra3_layout"
 _PREFIXES = "_ra3_prefixes"
+_BOUNDARIES = "_ra3_boundaries"
 
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """Later releases of torch want grouped queries announced."""
@@ -87,7 +88,7 @@ def all_sequences(
     return attend(query, key, value, starts, layout.seen.starts, longest, layout.seen.longest, scale)
 
 
-def _seen(boundaries: list[int], prefixes: tuple[int, ...] | None, device: torch.device) -> SeenKeys | None:
+def _seen(boundaries: Sequence[int], prefixes: tuple[int, ...] | None, device: torch.device) -> SeenKeys | None:
     if prefixes is None:
         return None
     ranges = [torch.arange(a, b) for a, b in pairwise(boundaries)]
@@ -281,6 +282,23 @@ def set_prefixes(params: PackedSeqParams, prefixes: tuple[int, ...]) -> None:
     setattr(params, _PREFIXES, prefixes)
 
 
+def set_boundaries(params: PackedSeqParams, boundaries: Sequence[int]) -> None:
+    """Give the boundaries of the window as numbers of this process, for who would else wait for the device to say them.
+
+    They must be those of `cu_seqlens_q_padded`, or of `cu_seqlens_q` where that is None.
+    """
+    setattr(params, _BOUNDARIES, tuple(boundaries))
+
+
+def boundaries_of(params: PackedSeqParams) -> tuple[int, ...]:
+    """What `set_boundaries` gave, else read from the device."""
+    known = getattr(params, _BOUNDARIES, None)
+    if known is None:
+        cu = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
+        set_boundaries(params, known := tuple(cu.tolist()))
+    return known
+
+
 def prefixes_of(params: PackedSeqParams) -> tuple[int, ...] | None:
     """What `set_prefixes` said; None when it said nothing."""
     return getattr(params, _PREFIXES, None)
@@ -295,7 +313,7 @@ def packed_layout(params: PackedSeqParams, cp_size: int) -> PackedLayout:
     if found is not None:
         return found
     cu = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-    boundaries = cu.tolist()
+    boundaries = boundaries_of(params)
     lengths = tuple(b - a for a, b in pairwise(boundaries))
     order = None
     if cp_size > 1:
@@ -345,11 +363,12 @@ def packed_params(lengths: tuple[int, ...], device: torch.device, cp_size: int =
     """Megatron's description of a packed window whose sequences have these padded `lengths` (over all CP ranks)."""
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu[1:] = torch.tensor(lengths).cumsum(0)
-    cu = cu.to(device)
+    boundaries, cu = cu.tolist(), cu.to(device)
     params = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
     )
     if cp_size > 1:
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu
+    set_boundaries(params, boundaries)
     packed_layout(params, cp_size)
     return params

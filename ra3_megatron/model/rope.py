@@ -7,13 +7,14 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ra3_megatron.config.architecture import Architecture
-from ra3_megatron.model.attention import prefixes_of
+from ra3_megatron.model.attention import boundaries_of, prefixes_of
 
 
 class _PackedLength(int):
     """Length of a packed window, with the boundaries of its sequences along."""
 
     cu_seqlens: torch.Tensor
+    boundaries: tuple[int, ...]
     prefixes: tuple[int, ...] | None
 
 
@@ -56,8 +57,9 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         if self._fused or packed is None or packed.qkv_format != "thd":
             return super().get_rotary_seq_len(*args, **kwargs)
         boundaries = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-        length = _PackedLength(int(boundaries[-1]))
-        length.cu_seqlens, length.prefixes = boundaries, prefixes_of(packed)
+        known = boundaries_of(packed)
+        length = _PackedLength(known[-1])
+        length.cu_seqlens, length.boundaries, length.prefixes = boundaries, known, prefixes_of(packed)
         return length
 
     def forward(
@@ -68,14 +70,15 @@ class PackedRotaryEmbedding(RotaryEmbedding):
             return super().forward(max_seq_len, offset, packed_seq, cp_group)
         cu = max_seq_len.cu_seqlens
         if self._packed is None or self._packed[0] is not cu or self._packed[1] != cu._version:
-            lengths = (cu[1:] - cu[:-1]).long()
+            # Reckoned on the host, which then need not wait for the device.
+            ends = torch.tensor(max_seq_len.boundaries)
+            lengths = ends.diff()
             before = torch.zeros_like(lengths)
             if max_seq_len.prefixes is not None:
-                prefixes = torch.tensor(max_seq_len.prefixes, device=cu.device)
+                prefixes = torch.tensor(max_seq_len.prefixes)
                 before = torch.where(prefixes >= 0, lengths[prefixes], 0)
-            positions = torch.arange(int(max_seq_len), device=cu.device) - torch.repeat_interleave(
-                cu[:-1].long() - before, lengths, output_size=int(max_seq_len)
-            )
+            starts = torch.repeat_interleave(ends[:-1] - before, lengths)
+            positions = (torch.arange(int(max_seq_len)) - starts).to(cu.device, non_blocking=True)
             longest = int((lengths + before).max())
             self._packed = (cu, cu._version, self.get_emb(longest)[positions])
         return self._packed[2]

@@ -19,7 +19,7 @@ from ra3_megatron.config.sections import TrainConfig
 from ra3_megatron.config.validate import sequence_multiple
 from ra3_megatron.data.batch import TrainBatch, collate, context_parallel_indices, context_parallel_slice
 from ra3_megatron.data.packing import Packing, TrainSequence, pack
-from ra3_megatron.model.attention import set_prefixes
+from ra3_megatron.model.attention import set_boundaries, set_prefixes
 from ra3_megatron.model.factory import unwrap
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
@@ -218,6 +218,8 @@ def _packed(batch: TrainBatch, device: torch.device) -> PackedSeqParams:
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
+    if batch.cu_seqlens.device.type == "cpu":
+        set_boundaries(params, batch.cu_seqlens.tolist())
     if batch.prefixes is not None:
         set_prefixes(params, batch.prefixes)
     return params

@@ -28,7 +28,7 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.run import config_from_dict
 from ra3_megatron.config.sections import CheckpointConfig
 from ra3_megatron.data.batch import TrainBatch
-from ra3_megatron.model.factory import build_model
+from ra3_megatron.model.factory import build_model, unwrap
 from ra3_megatron.parallel.collectives import gather_objects
 from ra3_megatron.parallel.groups import Parallel, initialize, seed_everything
 from ra3_megatron.training.components import cross_entropy_component
@@ -36,6 +36,10 @@ from ra3_megatron.training.engine import TrainEngine
 
 SEQ, WINDOWS, VOCAB = 32, 4, 101
 ARCH = Architecture("qwen2", 4, 48, 4, 2, 12, 96, VOCAB, tied_embeddings=True, qkv_bias=True, max_positions=256)
+EXPERTS = Architecture(
+    "qwen3_moe", 4, 48, 4, 2, 12, 96, VOCAB, False, False, True, max_positions=256,
+    num_experts=4, experts_per_token=2, expert_ffn_hidden_size=20, norm_topk_prob=True,
+)  # fmt: skip
 
 
 def batch(step: int, index: int) -> TrainBatch:
@@ -51,7 +55,9 @@ def batch(step: int, index: int) -> TrainBatch:
     )
 
 
-def build(parallel: Parallel, layout: dict[str, Any], precision: str = "fp32", seed: int = 1) -> TrainEngine:
+def build(
+    parallel: Parallel, layout: dict[str, Any], precision: str = "fp32", seed: int = 1, arch: Architecture = ARCH
+) -> TrainEngine:
     """An engine over the tiny model; `seed` gives its random weights."""
     config = config_from_dict(
         {
@@ -62,8 +68,8 @@ def build(parallel: Parallel, layout: dict[str, Any], precision: str = "fp32", s
         }
     )
     seed_everything(seed, parallel)
-    chunks = build_model(ARCH, config.model, parallel)
-    return TrainEngine(config, ARCH, parallel, chunks, [cross_entropy_component()], total_steps=100)
+    chunks = build_model(arch, config.model, parallel)
+    return TrainEngine(config, arch, parallel, chunks, [cross_entropy_component()], total_steps=100)
 
 
 def train(engine: TrainEngine, step: int) -> float:
@@ -72,10 +78,10 @@ def train(engine: TrainEngine, step: int) -> float:
     return engine.train_step([batch(step, i) for i in mine], step=step).loss
 
 
-def open_store(folder: Path | str, parallel: Parallel, **config: Any) -> CheckpointStore:
+def open_store(folder: Path | str, parallel: Parallel, arch: Architecture = ARCH, **config: Any) -> CheckpointStore:
     """A store with a short deadline."""
     settings = CheckpointConfig(**{"timeout_s": 60.0, "keep_last": 10, **config})
-    return CheckpointStore(folder, settings, parallel, architecture=ARCH)
+    return CheckpointStore(folder, settings, parallel, architecture=arch)
 
 
 def save(store: CheckpointStore, engine: TrainEngine, step: int) -> SaveEvent | None:
@@ -104,6 +110,12 @@ def optimizer_hash(engine: TrainEngine) -> str:
     return merge_sums(gather_objects(engine.parallel.world, sums, "hash of the optimizer")).hexdigest()
 
 
+def expert_sums(engine: TrainEngine) -> list[float]:
+    """One number of every matrix of this rank's experts."""
+    named = [pair for chunk in engine.chunks for pair in unwrap(chunk).named_parameters()]
+    return [float(weight.detach().double().sum()) for name, weight in named if "local_experts" in name]
+
+
 def draws() -> list[float]:
     """One number of every generator."""
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
@@ -130,14 +142,15 @@ def write_layouts(folder: str, layouts: dict[str, dict[str, Any]]) -> dict[str, 
     """Per layout: two steps, a background save, then on without a pause; what a resumed run must reproduce."""
     found = {}
     for name, given in layouts.items():
-        layout, precision = _split(given)
+        layout, precision, arch = _split(given)
         with initialize(config_from_dict({"parallel": layout}).parallel) as parallel:
-            engine = build(parallel, layout, precision)
+            engine = build(parallel, layout, precision, arch=arch)
+            experts = expert_sums(engine)
             for step in (1, 2):
                 train(engine, step)
-            store = open_store(Path(folder) / name, parallel)
+            store = open_store(Path(folder) / name, parallel, arch)
             save(store, engine, 2)
-            found[name] = facts(engine)
+            found[name] = facts(engine) | {"experts": experts}
             event = store.drain()
             assert event is not None
             assert event.ok, event.message
@@ -148,10 +161,10 @@ def read_layouts(folder: str, cases: list[list[Any]]) -> dict[str, Any]:
     """Per case (source, layout): load the source's checkpoint into a differently seeded model of that layout."""
     found = {}
     for source, name, given in cases:
-        layout, precision = _split(given)
+        layout, precision, arch = _split(given)
         with initialize(config_from_dict({"parallel": layout}).parallel) as parallel:
-            engine = build(parallel, layout, precision, seed=77)
-            loaded = load(open_store(Path(folder) / source, parallel), engine)
+            engine = build(parallel, layout, precision, seed=77, arch=arch)
+            loaded = load(open_store(Path(folder) / source, parallel, arch), engine)
             found[f"{source}->{name}"] = facts(engine) | {
                 "extras": loaded.extras,
                 "random_restored": loaded.random_restored,
@@ -160,9 +173,9 @@ def read_layouts(folder: str, cases: list[list[Any]]) -> dict[str, Any]:
     return found
 
 
-def _split(given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _split(given: dict[str, Any]) -> tuple[dict[str, Any], str, Architecture]:
     layout = dict(given)
-    return layout, layout.pop("precision", "fp32")
+    return layout, layout.pop("precision", "fp32"), EXPERTS if layout.pop("experts", False) else ARCH
 
 
 # ---------------------------------------------------------------- failures

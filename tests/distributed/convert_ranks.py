@@ -68,7 +68,7 @@ def layouts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 p.shape[0] for c in chunks for n, p in c.named_parameters() if n.endswith("word_embeddings.weight")
             ]
             logits = _logits(chunks, arch, parallel)
-            if logits is not None and parallel.tensor_rank == 0:
+            if logits is not None and parallel.tensor_rank == parallel.data_rank == 0:
                 torch.save(logits, case["logits"])
             if case.get("save"):
                 save_sharded(Path(case["save"]), model_state(chunks, parallel), parallel)

@@ -20,8 +20,15 @@ LAYOUTS = {
         ("llama3", {"pipeline": 2}),
         ("qwen2", {"pipeline": 2}),
         ("llama3", {"pipeline": 2, "virtual_pipeline": 2}),
+        ("qwen3_moe", {"expert": 2}),
+        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1}),
     ],
-    4: [("llama3", {"tensor": 2, "pipeline": 2}), ("qwen2", {"tensor": 2, "pipeline": 2})],
+    4: [
+        ("llama3", {"tensor": 2, "pipeline": 2}),
+        ("qwen2", {"tensor": 2, "pipeline": 2}),
+        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}),
+        ("qwen3_moe", {"pipeline": 2, "expert": 2}),
+    ],
 }
 
 
@@ -43,7 +50,8 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize("world", sorted(LAYOUTS))
 def test_every_layout_gives_the_reference(sources, tmp_path, world):
     """Shards must hold whole head groups, gate with up, and no padding rows (131 rows are odd: padded at every TP);
-    layers must land in their stage; what a layout saves must export to the source's tensors bit for bit."""
+    layers must land in their stage, experts on their process; what a layout saves must export to the source's tensors
+    bit for bit."""
     cases = [
         {
             "architecture": ARCHITECTURES[family].to_dict(),

@@ -20,15 +20,26 @@ from tests.distributed.launch import run_ranks
 from tests.unit.rollout.naive import OftenThinks, texts_and_tokens
 
 ARCH = Architecture("qwen2", 4, 48, 4, 2, 12, 96, 323, True, True, rope_base=1e4, max_positions=256)
-ONE = [{"name": "one"}]
+EXPERTS = Architecture(
+    "qwen3_moe", 4, 48, 4, 2, 12, 96, 323, False, False, True, max_positions=256,
+    num_experts=4, experts_per_token=2, expert_ffn_hidden_size=40, norm_topk_prob=True,
+)  # fmt: skip
+ONE = [{"name": "one"}, {"name": "experts-one"}]
 TWO = [
     {"name": "tp2", "tensor": 2},
     {"name": "tp2-sp", "tensor": 2, "sequence": True},
     {"name": "pp2", "pipeline": 2},
     {"name": "vpp2", "pipeline": 2, "virtual_pipeline": 2},
     {"name": "cp2", "context": 2},
+    {"name": "experts-tp2", "tensor": 2, "sequence": True},
+    {"name": "experts-ep2", "tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
 ]
 FOUR = [{"name": "tp2-pp2", "tensor": 2, "pipeline": 2, "sequence": True}]
+ALIKE = {
+    "one": ("tp2", "tp2-sp", "pp2", "vpp2", "tp2-pp2"),
+    "experts-one": ("experts-tp2", "experts-ep2"),
+}
+"""One process, and the layouts that must answer the same."""
 
 
 def worker(layouts: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
@@ -38,6 +49,7 @@ def worker(layouts: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
 
 def run_one(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
     name = layout.pop("name")
+    arch, start = (EXPERTS, "start-experts") if name.startswith("experts") else (ARCH, "start")
     config = config_from_dict(
         {
             "parallel": {**layout, "timeout_s": 60},
@@ -47,15 +59,15 @@ def run_one(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     with initialize(config.parallel) as parallel:
         seed_everything(1, parallel)
-        chunks = build_model(ARCH, config.model, parallel)
+        chunks = build_model(arch, config.model, parallel)
         state = {f"chunk{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
-        if name == "one":
-            save_sharded(folder / "start", state, parallel)
+        if name in ALIKE:
+            save_sharded(folder / start, state, parallel)
         else:
-            for i, values in enumerate(load_sharded(folder / "start", state, parallel).values()):
+            for i, values in enumerate(load_sharded(folder / start, state, parallel).values()):
                 chunks[i].load_state_dict(values)
         try:
-            engine = MegatronEngine(chunks, ARCH, parallel, max_batch=3, max_tokens=128, tokens_per_forward=29)
+            engine = MegatronEngine(chunks, arch, parallel, max_batch=3, max_tokens=128, tokens_per_forward=29)
         except UserError as error:
             return {"refused": str(error)}
         return engine_answers(engine) | rollout_answers(engine)
@@ -112,10 +124,10 @@ def results(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
 
 def test_engine_is_the_same_in_every_layout(results):
     """Draws that depend on the split of the vocabulary, answers that reach one stage only, a rank that disagrees."""
-    (one,) = results["one"]
-    assert len(set(one["drawn"])) > 10
-    for name in ("tp2", "tp2-sp", "pp2", "vpp2", "tp2-pp2"):
-        for rank in results[name]:
+    for alone, others in ALIKE.items():
+        (one,) = results[alone]
+        assert len(set(one["drawn"])) > 10
+        for name, rank in [(other, rank) for other in others for rank in results[other]]:
             assert rank["drawn"] == one["drawn"], name
             assert rank["counters"] == one["counters"], name
             np.testing.assert_allclose(rank["scores"], one["scores"], rtol=0, atol=2e-5, err_msg=name)
@@ -124,10 +136,10 @@ def test_engine_is_the_same_in_every_layout(results):
 
 def test_rollouts_are_the_same_in_every_layout(results):
     """Same for whole rollouts, where one wrong draw changes everything after it."""
-    (one,) = results["one"]
-    assert one["thoughts"] > 2
-    for name in ("tp2", "tp2-sp", "pp2", "vpp2", "tp2-pp2"):
-        for rank in results[name]:
+    for alone, others in ALIKE.items():
+        (one,) = results[alone]
+        assert one["thoughts"] > 2
+        for name, rank in [(other, rank) for other in others for rank in results[other]]:
             assert rank["rollouts"] == one["rollouts"], name
             np.testing.assert_allclose(rank["values"], one["values"], rtol=0, atol=2e-4, err_msg=name)
 

@@ -18,10 +18,14 @@ def scorer_of(model, parallel, think_tokens, seq_length=256, micro_batch_size=2)
     return LineScorer(model[1], model[0], parallel, config_from_dict({"train": train}), think_tokens)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["start", "no start"])
+DRAWN = {"start": ("qwen2", True), "no start": ("qwen2", False), "experts": ("qwen3_moe", True)}
+
+
+@pytest.fixture(scope="module", params=DRAWN)
 def drawn(request, make_model, parallel):
-    trajectories, think_tokens = texts_and_tokens(request.param)
-    model = make_model("qwen2", think_tokens.tokenizer.vocab_size + 3)
+    family, start = DRAWN[request.param]
+    trajectories, think_tokens = texts_and_tokens(start)
+    model = make_model(family, think_tokens.tokenizer.vocab_size + 3)
     engine = MegatronEngine(model[1], model[0], parallel, max_batch=8, max_tokens=256)
     return model, rollout(engine, trajectories, 2, OftenThinks(2), RolloutSettings(1.0, 6), think_tokens), think_tokens
 

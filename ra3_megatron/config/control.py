@@ -7,6 +7,7 @@ torchrun turns each exit code of its workers into 1.
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ OUTCOME_FILE = "outcome.json"
 """In the attempt's folder: why the processes ended, where they could say it."""
 STRAGGLERS_FILE = "stragglers.json"
 """In the attempt's folder: nodes that were slower than the others, and by how much."""
+STARTUP_FILE = "startup.json"
+"""In the attempt's folder: moments of the main process up to its first step, seconds since 1970."""
 RANKS_FOLDER = "ranks"
 """In the attempt's folder: a file per rank with its host and process number, for whoever wants to see its stack."""
 PARTS_FOLDER = "parts"
@@ -65,6 +68,16 @@ class Interrupted(Exception):
 def part_name(number: int, count: int) -> str:
     """Name of the marker of job `number` (from 0) of an array of `count`."""
     return f"{number:04d}-of-{count:04d}.done"
+
+
+def process_start() -> float:
+    """When this process was started, seconds since 1970, to a hundredth; Linux only.
+
+    `exec` changes nothing about it. By the kernel's own clock: the time of booting is known to a second only.
+    """
+    with open("/proc/self/stat", encoding="utf-8") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def attempt_dir() -> Path | None:

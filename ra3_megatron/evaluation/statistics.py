@@ -7,9 +7,9 @@ pieces of one document are not: so documents are resampled, each with all its na
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 9999
 """Bootstrap resamples, and random sign patterns of a permutation test."""
@@ -45,6 +45,13 @@ class Difference:
     """Two-sided, of "no difference"; NaN where there is too little data."""
 
 
+def _stats() -> ModuleType:
+    """`scipy.stats`, on first use: a second of imports that every process of every job would pay at its start."""
+    from scipy import stats
+
+    return stats
+
+
 def by_group(values: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
     """Sum the rows of `values` [rows, ...] that have an equal entry in `groups` [rows]; groups in order of first use.
 
@@ -77,7 +84,7 @@ def ratio_interval(sums: np.ndarray, weights: np.ndarray, level: float = 0.95, s
     if scale == 0:
         return Interval(point, point, point)
     if len(sums) < FEW_ROWS:
-        half = float(stats.t.ppf((1 + level) / 2, len(sums) - 1)) * scale
+        half = float(_stats().t.ppf((1 + level) / 2, len(sums) - 1)) * scale
         return Interval(point, point - half, point + half)
     rng = np.random.default_rng(seed)
     parts = []
@@ -145,7 +152,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     mean = float(found.mean())
     if len(found) < 2:
         return Interval(mean, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + level) / 2, len(found) - 1) * stats.sem(found))
+    half = float(_stats().t.ppf((1 + level) / 2, len(found) - 1) * _stats().sem(found))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -158,10 +165,10 @@ def paired_mean(first: Sequence[float], second: Sequence[float], level: float = 
     interval = mean_interval((one - other).tolist(), level)
     if len(one) < 2:
         return Difference(interval.value, math.nan, math.nan, math.nan)
-    error = float(stats.sem(one - other))
+    error = float(_stats().sem(one - other))
     if error == 0:
         return Difference(interval.value, interval.low, interval.high, float(interval.value == 0))
-    p_value = 2 * float(stats.t.sf(abs(interval.value) / error, len(one) - 1))
+    p_value = 2 * float(_stats().t.sf(abs(interval.value) / error, len(one) - 1))
     return Difference(interval.value, interval.low, interval.high, p_value)
 
 
@@ -204,7 +211,7 @@ def rate_interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Int
     if not len(values):
         return Interval(math.nan, math.nan, math.nan)
     if ((values == 0) | (values == 1)).all():
-        found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
+        found = _stats().binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
         return Interval(float(values.mean()), float(found.low), float(found.high))
     found = ratio_interval(values, np.ones(len(values)), level, seed)
     return Interval(found.value, max(0.0, found.low), min(1.0, found.high))

@@ -13,8 +13,9 @@ from ra3_megatron.config.files import is_done
 
 RECORD = "attempts.jsonl"
 
-STARTED, RESET = "started", "reset"
-"""Lines of the record that are no outcome."""
+STARTED, STARTUP, RESET = "started", "startup", "reset"
+"""Lines of the record that are no outcome; `startup` has the seconds up to the first step."""
+NO_OUTCOME = (STARTED, STARTUP, RESET)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Record:
 
     def last(self) -> dict[str, Any] | None:
         """The newest outcome."""
-        return next((e for e in reversed(self.events()) if e["event"] not in (STARTED, RESET)), None)
+        return next((e for e in reversed(self.events()) if e["event"] not in NO_OUTCOME), None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def fruitless(events: list[dict[str, Any]], progress: list[int]) -> Fruitless:
     for event in reversed(events):
         if event["event"] == RESET:
             break
+        if event["event"] == STARTUP:
+            continue
         if event["event"] != STARTED:
             outcome = event["event"]
             continue

@@ -19,12 +19,13 @@ def launch(
     cpus_per_process: Annotated[int, typer.Option(min=0, help="Cores per process; 0 = the cluster's default.")] = 0,
     spares: Annotated[int, typer.Option(min=0, help="Further nodes that step in for bad ones.")] = 0,
     array: Annotated[int, typer.Option(min=1, help="Jobs that share a generation stage.")] = 1,
-    array_nodes: Annotated[int, typer.Option(min=1, help="Nodes of each of them.")] = 1,
+    array_nodes: Annotated[int, typer.Option(min=0, help="Nodes of each of them; 0 = those of one replica.")] = 0,
     limit: Annotated[str, typer.Option("--time", help="Time limit of a job, such as 08:00:00.")] = "",
     grace_s: Annotated[int, typer.Option(min=1, help="Seconds before the limit at which to save.")] = 300,
     copies: Annotated[
         int, typer.Option(min=0, help="For sites without requeue: queue each stage this many times; 0 = requeue.")
     ] = 0,
+    gpu_memory: Annotated[float, typer.Option(min=0, help="GiB of a GPU; refuse what needs more.")] = 0.0,
     sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch, such as --exclusive.")] = None,
     measured: Annotated[Path | None, typer.Option(help="Finished run to estimate the time by.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every command, and submit nothing.")] = False,
@@ -41,7 +42,7 @@ def launch(
     if nodes is not None:
         settings = Settings(
             nodes, gpus_per_node, processes_per_node, cpus_per_process, spares, array, array_nodes, limit, grace_s,
-            "copies" if copies else "requeue", copies or 1, tuple(sbatch or ()),
+            "copies" if copies else "requeue", copies or 1, gpu_memory, tuple(sbatch or ()),
         )  # fmt: skip
     elif not target.is_dir():
         raise UserError(f"{target} is a configuration; say on how many nodes: --nodes N")

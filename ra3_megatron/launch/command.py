@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.estimate import estimate_memory
 from ra3_megatron.config.run import RunConfig, load_config
 from ra3_megatron.config.validate import resolve_layout
 from ra3_megatron.launch.estimate import Speed, corpus_tokens, job_hours, measured_speed, planned_flops
@@ -32,13 +33,21 @@ def open_target(
             )
         if not folder.config.exists():
             raise UserError(f"{target} holds no launch; start with the configuration: ra3 launch CONFIG --nodes N")
-        return load_config(folder.config), folder, settings or load_settings(folder.settings)
+        config = load_config(folder.config)
+        return config, folder, for_a_replica(config, settings or load_settings(folder.settings))
     config = load_config(target, overrides)
     folder = LaunchFolder(Path(config.run.dir).absolute())
     folder.refuse_other(config)
     # Jobs start elsewhere: they get the folder's whole path.
     config = replace(config, run=replace(config.run, dir=str(folder.run)))
-    return config, folder, settings or Settings()
+    return config, folder, for_a_replica(config, settings or Settings())
+
+
+def for_a_replica(config: RunConfig, settings: Settings) -> Settings:
+    """`settings` with the nodes that a replica takes, where those of an array's elements are left open."""
+    p = config.parallel
+    replica = p.tensor * p.pipeline * p.context
+    return settings if settings.array_nodes else replace(settings, array_nodes=-(-replica // settings.processes))
 
 
 def launch(
@@ -51,6 +60,7 @@ def launch(
     config, folder, settings = open_target(target, overrides, settings)
     architecture = _architecture(config)
     layouts = check_layouts(config, settings, architecture)
+    layouts += [check_memory(config, settings, architecture)] if architecture is not None else []
     speed = _speed(folder, measured)
     missing = missing_files(config, undone(config, folder.run))
     if dry_run:
@@ -109,6 +119,22 @@ def check_layouts(config: RunConfig, settings: Settings, architecture: Architect
     return lines
 
 
+def check_memory(config: RunConfig, settings: Settings, architecture: Architecture) -> str:
+    """What the fullest process of a job of all nodes holds. Raises UserError when that is more than a GPU was said to.
+
+    An estimate, of which `ra3 midtrain --dry-run` tells the terms.
+    """
+    world = settings.nodes * settings.processes
+    need = estimate_memory(config, architecture, resolve_layout(config, world, architecture)).total / 2**30
+    limit, terms = settings.gpu_memory_gib, f"ra3 midtrain CONFIG --dry-run --world-size {world} has the terms"
+    if 0 < limit < need:
+        raise UserError(
+            f"the fullest process needs about {need:.1f} GiB and a GPU has {limit:g} (--gpu-memory); raise "
+            f"parallel.tensor or parallel.pipeline, or set model.recompute=full; {terms}"
+        )
+    return f"memory of the fullest process: about {need:.1f} GiB ({terms})"
+
+
 def _speed(folder: LaunchFolder, measured: Path | None) -> Speed | None:
     if measured is not None:
         return measured_speed(measured)
@@ -134,7 +160,7 @@ def _told(
         after = f", after {', '.join(spec.after)}" if spec.after else ""
         text = f"{spec.name}: {job.state} {' '.join(job.ids)}".rstrip() + f" ({spec.script}, {size} processes{after})"
         if job.state != "done" and speed is not None and architecture is not None:
-            amount = planned_flops(config, architecture, spec, corpus_tokens(folder.run))
+            amount = planned_flops(config, architecture, spec, corpus_tokens(folder.run), speed.problems)
             hours = job_hours(spec, amount, speed)
             if hours is None:
                 unknown.append(spec.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig, load_config
 from ra3_megatron.launch import slurm
-from ra3_megatron.launch.command import launch
+from ra3_megatron.launch.command import for_a_replica, launch
 from ra3_megatron.launch.folder import LaunchFolder
 from ra3_megatron.launch.job import Wanted, run_job
 from ra3_megatron.launch.settings import Settings, job_variables
@@ -46,7 +46,7 @@ def _config_of(target: Path) -> Path:
 
 def _own_shape(config: RunConfig) -> Settings:
     """A chain whose jobs look like this one: as many nodes, GPUs and minutes; arrays of single replicas."""
-    env, v, p = os.environ, job_variables(), config.parallel
+    env, v = os.environ, job_variables()
     limit = slurm.job_facts(env["SLURM_JOB_ID"]).get("TimeLimit", "")
     gpus = env.get("SLURM_GPUS_ON_NODE", "")
     nodes = int(env.get("SLURM_JOB_NUM_NODES", "1")) - v.spares
@@ -61,5 +61,5 @@ def _own_shape(config: RunConfig) -> Settings:
         grace_s=int(v.grace_s),
         restart=v.restart,
     )
-    replica = -(-p.tensor * p.pipeline * p.context // shape.processes)
-    return replace(shape, array=max(1, nodes // replica), array_nodes=replica)
+    shape = for_a_replica(config, shape)
+    return replace(shape, array=max(1, nodes // shape.array_nodes))

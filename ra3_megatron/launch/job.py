@@ -25,13 +25,14 @@ from ra3_megatron.config.control import (
     SETUP_LIMIT,
     STOP_FILE,
     STRAGGLERS_FILE,
+    process_start,
     read_json,
 )
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.launch import nodes as node_choice
-from ra3_megatron.launch import slurm
-from ra3_megatron.launch.attempts import STARTED, Record, Work, fruitless
+from ra3_megatron.launch import slurm, startup
+from ra3_megatron.launch.attempts import STARTED, STARTUP, Record, Work, fruitless
 from ra3_megatron.launch.folder import JOBS, LaunchFolder
 from ra3_megatron.launch.settings import JobVariables, job_variables
 from ra3_megatron.launch.step import Step, choose_launcher, port_of, process_environment, start_command
@@ -39,7 +40,10 @@ from ra3_megatron.launch.watch import Ended, Signals, run_step, say
 from ra3_megatron.stages.graph import ONE_PROCESS, Node, find, graph
 
 EXIT_TERMINATED = 143
-"""Ended by SIGTERM: a cancellation, a limit without grace, a node's end. Never followed by a requeue of ours."""
+"""Ended by SIGTERM: a cancellation, a node's end. Never followed by a requeue of ours."""
+
+CANCELLED, PREEMPTED, PAST_LIMIT = "cancelled", "preempted", "past the limit"
+"""What SIGTERM to a job can mean."""
 
 KILL_PATIENCE_S = 90.0
 """How long a job that was requeued waits to be killed, seconds."""
@@ -78,6 +82,9 @@ class Job:
         self.record = Record(self.jobs)
         self.id, self.restart = slurm.own_id(), int(self.env.get("SLURM_RESTART_COUNT", "0"))
         self.signals = Signals()
+        self.granted: float | None = None
+        # `exec` has made this process of the script's.
+        self.moments = {"script": process_start(), "job": time.time()}
 
     def _part(self) -> tuple[int, int] | None:
         if self.wanted.stage != "generate" or "SLURM_ARRAY_TASK_ID" not in self.env:
@@ -110,6 +117,7 @@ class Job:
             raise UserError(f"RA3_SPARES = {self.v.spares} of {len(allocated)} nodes; leave at least one to work")
         self._refuse_too_few_cores()
         choice = self._choose(allocated, needed, attempt)
+        self.moments["checked"] = time.time()
         self.record.add(STARTED, job=self.id, restart=self.restart, progress=self.work.progress(),
                         nodes=list(choice.chosen))  # fmt: skip
         if len(choice.chosen) < needed:
@@ -161,8 +169,11 @@ class Job:
         mounts = (self.folder.run, self.folder.code_of_job(self.env), Path.cwd())
         step = Step(nodes, processes, port, attempt, mounts)
         self.env[ATTEMPT_DIR] = str(attempt)
-        if (moment := self._must_save_by()) is not None:
-            self.env[MUST_SAVE_BY] = f"{moment:.0f}"
+        facts = slurm.job_facts(self.env["SLURM_JOB_ID"])
+        self.granted = startup.moment_of(facts.get("StartTime", ""))
+        if (limit := startup.moment_of(facts.get("EndTime", ""))) is not None:
+            # Half the grace before the limit: the second net, under Slurm's signal.
+            self.env[MUST_SAVE_BY] = f"{limit - self.v.grace_s / 2:.0f}"
         env = process_environment(step, choose_launcher(self.v))
         say(f"{self.work.stage.name}, attempt {attempt.name}: {len(nodes)} x {processes} processes on "
             f"{','.join(nodes)}; logs in {attempt}")  # fmt: skip
@@ -191,21 +202,15 @@ class Job:
         arguments += ["--round", str(self.node.round)] if self.node.round else []
         return arguments + (["--part", f"{self.part[0]}/{self.part[1]}"] if self.part else [])
 
-    def _must_save_by(self) -> float | None:
-        """Half the grace before the job's limit; none for a job without one."""
-        end = slurm.job_facts(self.env["SLURM_JOB_ID"]).get("EndTime", "")
-        try:
-            limit = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
-        except ValueError:
-            return None
-        return limit - self.v.grace_s / 2
-
     # ---------------------------------------------------------------- the end
 
     def _conclude(self, ended: Ended, attempt: Path) -> int:
         outcome = read_json(attempt / OUTCOME_FILE) or {}
         code, reason = int(outcome.get("code", ended.code)), str(outcome.get("reason", f"exit code {ended.code}"))
         self._note_stragglers(attempt)
+        if seconds := startup.seconds_of(self.granted, self.moments, attempt):
+            self.record.add(STARTUP, seconds=seconds)
+            say(startup.in_words(seconds))
         if self.work.done:
             # DONE is written last: what failed after it, such as the report, can be made again from the files.
             text = "done" if ended.code == EXIT_DONE else f"done; then {reason}; see node*.log"
@@ -214,16 +219,31 @@ class Job:
             return self._say_end("stopped", EXIT_STOPPED, reason, attempt)
         if code == EXIT_USER:
             return self._say_end("user_error", EXIT_USER, reason, attempt)
-        if self.signals.end and not self._preempted():
-            return self._say_end("terminated", EXIT_TERMINATED, "SIGTERM came: cancelled, or past the limit", attempt)
+        why = self._why_terminated() if self.signals.end else ""
+        if why == CANCELLED:
+            return self._say_end("terminated", EXIT_TERMINATED, "SIGTERM came: cancelled, or a node's end", attempt)
         if ended.hung:
             self._say_end("hang", EXIT_CRASH, ended.hung, attempt)
         elif code == EXIT_GO_ON:
             self._say_end("saved", EXIT_GO_ON, reason, attempt)
+        elif why == PAST_LIMIT:
+            text = f"not saved before the time limit; give more --grace-s than {self.v.grace_s:.0f}"
+            self._say_end("limit", EXIT_CRASH, text, attempt)
         else:
             self._say_end("crash", EXIT_CRASH, f"{reason}; see node*.log", attempt)
         verdict = self._give_up()
         return self._again() if verdict is None else verdict
+
+    def _why_terminated(self) -> str:
+        """Why Slurm ends this job.
+
+        It requeues neither one that fails after a notice of preemption nor one past its limit; both can requeue
+        themselves until they are killed.
+        """
+        facts = slurm.job_facts(self.env["SLURM_JOB_ID"])
+        if facts.get("PreemptTime", "None") not in ("", "None", "Unknown"):
+            return PREEMPTED
+        return PAST_LIMIT if facts.get("Reason") == "TimeLimit" else CANCELLED
 
     def _say_end(self, event: str, code: int, reason: str, attempt: Path) -> int:
         self.record.add(event, job=self.id, restart=self.restart, reason=reason, progress=self.work.progress())
@@ -246,11 +266,6 @@ class Job:
         say(f"no progress in {tries}: given up; what waits for this job is cancelled; slurm/resume.sh starts it anew")
         return EXIT_NO_PROGRESS
 
-    def _preempted(self) -> bool:
-        """Whether SIGTERM is the first notice of a preemption, after which a job that fails is not requeued."""
-        moment = slurm.job_facts(self.env["SLURM_JOB_ID"]).get("PreemptTime", "None")
-        return moment not in ("", "None", "Unknown")
-
     def _again(self) -> int:
         if self.v.restart == "copies":
             say("the next copy of this job goes on")
@@ -258,7 +273,7 @@ class Job:
         say("requeued")
         # Slurm ends this job with SIGTERM to all its processes, scontrol among them.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        slurm.command(["scontrol", "requeue", self.id])
+        slurm.persistently(["scontrol", "requeue", self.id])
         return self._wait_for_the_end()
 
     def _elsewhere(self, choice: node_choice.Choice, allocated: int) -> int:
@@ -277,7 +292,7 @@ class Job:
             ["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(choice.bad)}"],
             ["scontrol", "release", self.id],
         ):
-            slurm.command(arguments)
+            slurm.persistently(arguments)
         return self._wait_for_the_end()
 
     def _wait_for_the_end(self) -> int:

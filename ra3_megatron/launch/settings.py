@@ -30,8 +30,8 @@ class Settings:
     """Nodes allocated beyond `nodes`, to take the place of those that fail their check."""
     array: int = 1
     """Jobs that share a generation stage; each takes `array_nodes` nodes and restarts alone."""
-    array_nodes: int = 1
-    """Nodes of each of them."""
+    array_nodes: int = 0
+    """Nodes of each of them; 0 = as many as one replica takes."""
     time: str = ""
     """Time limit of a job as Slurm writes it, such as 08:00:00; empty = SBATCH_TIMELIMIT or the partition's."""
     grace_s: int = 300
@@ -41,13 +41,15 @@ class Settings:
     """How a job goes on after its limit or a crash: `requeue` in place, or `copies`, jobs queued behind it."""
     copies: int = 8
     """With `copies`: jobs queued for each stage that trains."""
+    gpu_memory_gib: float = 0.0
+    """Memory of a GPU, GiB, that the estimate is held against; 0 = it is only told."""
     sbatch: tuple[str, ...] = ()
     """Further options of sbatch, word by word, such as --exclusive."""
 
     def __post_init__(self) -> None:
         least = {
             "nodes": 1, "gpus_per_node": 0, "processes_per_node": 0, "cpus_per_process": 0, "spares": 0, "array": 1,
-            "array_nodes": 1, "grace_s": 1, "copies": 1,
+            "array_nodes": 0, "grace_s": 1, "copies": 1, "gpu_memory_gib": 0,
         }  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:

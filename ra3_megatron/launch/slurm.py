@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from ra3_megatron.config.errors import UserError
 
 PATIENCE_S = 60.0
 """Deadline of a command of Slurm, seconds; a busy controller answers late."""
+
+PERSISTENCE_S = 600.0
+"""How long a job tries a command again, seconds: a controller that is restarted is away for minutes."""
 
 KEPT = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION", "SBATCH_CONSTRAINT",
         "SBATCH_CLUSTERS", "SBATCH_TIMELIMIT", "SBATCH_EXCLUSIVE", "SBATCH_GRES_FLAGS")  # fmt: skip
@@ -36,6 +40,19 @@ def command(arguments: Sequence[str], env: Mapping[str, str] | None = None, seco
         text = " ".join((done.stderr or done.stdout).split())
         raise UserError(f"{' '.join(arguments)} failed: {text}")
     return done.stdout
+
+
+def persistently(arguments: Sequence[str], pause_s: float = 5.0) -> str:
+    """As `command`, tried again until it succeeds. Raises UserError after `PERSISTENCE_S`."""
+    end = time.monotonic() + PERSISTENCE_S
+    while True:
+        try:
+            return command(arguments)
+        except UserError as error:
+            if time.monotonic() > end:
+                raise
+            print(f"{error}; tried again in {pause_s:.0f} s", flush=True)
+            time.sleep(pause_s)
 
 
 def clean_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -74,8 +91,8 @@ def hostnames(nodelist: str) -> list[str]:
 
 
 def job_facts(job: str) -> dict[str, str]:
-    """What the controller knows of a job: `EndTime`, `PreemptTime`, `Command`, and so on. Of an array: one element."""
-    text = command(["scontrol", "show", "job", "--oneliner", job])
+    """What the controller knows of a job: `EndTime`, `Reason`, `Command`, and so on. Of an array: one element."""
+    text = persistently(["scontrol", "show", "job", "--oneliner", job])
     # An array's last element has the array's own number, which prints all elements.
     lines = [line for line in text.splitlines() if line.startswith(f"JobId={job} ")] or text.splitlines()[:1]
     return dict(re.findall(r"(\S+?)=(\S*)", lines[0])) if lines else {}

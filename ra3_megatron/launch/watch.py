@@ -15,6 +15,9 @@ from ra3_megatron.config.files import atomic_write_text
 from ra3_megatron.launch.slurm import command
 from ra3_megatron.launch.step import Step, beside_command
 
+END_S = 2.0
+"""Seconds that processes may take to end after SIGTERM to the job: then Slurm kills them, and soon the job as well."""
+
 DUMP_S = 60.0
 """Seconds the dump of the stacks may take."""
 
@@ -80,6 +83,8 @@ def run_step(
             return Ended(process.wait(poll_s), "")
         except subprocess.TimeoutExpired:
             pass
+        if signals.end:
+            return Ended(_wait(process, END_S), "")
         if signals.save and not asked:
             asked = True
             say("SIGUSR1: the processes are asked to save and make way")

@@ -18,6 +18,7 @@ import psutil
 from ra3_megatron import __version__
 from ra3_megatron.config.control import CODE_COMMIT
 from ra3_megatron.config.files import atomic_write_text
+from ra3_megatron.parallel.launch import launch_from_env
 
 ENVIRONMENT_FILE = "environment.json"
 
@@ -88,6 +89,7 @@ def environment() -> dict[str, Any]:
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
+            "processes": launch_from_env().world,
             "devices": device_names(),
             "driver": driver_version(),
             "packages": package_versions(),

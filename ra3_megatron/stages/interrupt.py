@@ -24,6 +24,7 @@ from collections import deque
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -35,10 +36,12 @@ from ra3_megatron.config.control import (
     RANKS_FOLDER,
     REQUEST_FILE,
     SETUP_LIMIT,
+    STARTUP_FILE,
     STEP_LIMIT,
     STOP_FILE,
     Interrupted,
     attempt_dir,
+    process_start,
 )
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.files import atomic_write_text
@@ -64,6 +67,9 @@ _REASONS = (
 
 _signalled = threading.Event()
 
+_startup: dict[str, float] = {}
+"""When this process was started, had its imports, and was in its groups; seconds since 1970."""
+
 
 def _remember(_number: int, _frame: FrameType | None) -> None:
     _signalled.set()
@@ -78,9 +84,10 @@ def listen() -> None:
 
 
 def sign_in(rank: int) -> None:
-    """Leave this process's number in the attempt's folder."""
+    """Leave this process's number in the attempt's folder, when all that is imported is there."""
     folder = attempt_dir()
     if folder is not None:
+        _startup.update(started=process_start(), imported=time.time())
         atomic_write_text(folder / RANKS_FOLDER / str(rank), f"{socket.gethostname()} {os.getpid()}")
 
 
@@ -96,7 +103,7 @@ class Interrupt:
         self._step_limit = _seconds(STEP_LIMIT, timeout_s + 60.0)
         self._setup_limit = _seconds(SETUP_LIMIT, 1800.0)
         self._next, self._agreed_at = 0, None
-        self._stage, self._what, self._beaten = "", "", 0.0
+        self._stage, self._what, self._beaten, self._stepped = "", "", 0.0, False
         self._marks: deque[float] = deque(maxlen=64)
         self._stragglers = Stragglers(parallel, self._attempt)
 
@@ -105,6 +112,7 @@ class Interrupt:
         self._next, self._agreed_at = 0, None
         self._marks.clear()
         self._stage = stage
+        _startup.setdefault("joined", time.time())
         self._write("setting up", None, allow_s or self._setup_limit)
 
     def beat(self, what: str, allow_s: float) -> None:
@@ -158,6 +166,9 @@ class Interrupt:
     def _beat(self, step: int) -> None:
         now = time.monotonic()
         self._marks.append(now)
+        if not self._stepped:
+            self._stepped = True
+            self._tell(STARTUP_FILE, {**_startup, "stepped": time.time()})
         # After a save the long time that was allowed for it ends at once.
         if self._what == "steps" and now - self._beaten < BEAT_S:
             return
@@ -166,12 +177,16 @@ class Interrupt:
         self._write("steps", step, max(self._step_limit, 10 * typical))
 
     def _write(self, what: str, step: int | None, allow_s: float) -> None:
-        if self._attempt is None or not self._parallel.is_main:
-            return
         self._what, self._beaten = what, time.monotonic()
         beat = {"what": what, "step": step, "time": time.time(), "allow_s": allow_s, "stage": self._stage}
+        self._tell(HEARTBEAT_FILE, beat)
+
+    def _tell(self, name: str, content: dict[str, Any]) -> None:
+        """Write a file into the attempt's folder, by one process of a job."""
+        if self._attempt is None or not self._parallel.is_main:
+            return
         try:
-            atomic_write_text(self._attempt / HEARTBEAT_FILE, json.dumps(beat))
+            atomic_write_text(self._attempt / name, json.dumps(content))
         except OSError:
             return  # a full disk must not end the training that could still go on
 

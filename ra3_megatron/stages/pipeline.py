@@ -19,7 +19,6 @@ from ra3_megatron.data.prepare import PreparedCorpus, open_prepared
 from ra3_megatron.model.factory import choose_layers
 from ra3_megatron.parallel.groups import initialize
 from ra3_megatron.parallel.launch import launch_from_env
-from ra3_megatron.report.run_report import build_report
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.dry_run import declared_architecture
 from ra3_megatron.stages.evaluate import EvaluateInputs, run_evaluate
@@ -82,9 +81,16 @@ def run(config: RunConfig, accept_changes: bool = False, only: Only | None = Non
             context.interrupt.begin(node.name, None if node.kind in STEPPING else config.parallel.setup_timeout_s)
             job.run(node)
         context.interrupt.begin("report")
-        report = context.on_main("report", lambda: build_report(context.folder.path))
+        report = context.on_main("report", lambda: _report(context.folder.path))
         job.say_results(report)
         return report
+
+
+def _report(run: Path) -> Path:
+    # Not at the top: the process that draws the report needs matplotlib, and the others would wait for it at the start.
+    from ra3_megatron.report.run_report import build_report
+
+    return build_report(run)
 
 
 def parse_part(text: str | None, stage: str | None) -> Part | None:
@@ -190,9 +196,12 @@ class _Job:
         return self._checkpoint(name) if name in self.nodes else self._weights(node.arm, node.round)
 
     def _corpus(self, stage: str = "prepare") -> PreparedCorpus:
+        """Raises UserError when its ids have no row in the model: it may have been prepared for another one."""
         path = self.folders[stage].path / "data" / "corpus"
         if path not in self._opened:
-            self._opened[path] = open_prepared(path)
+            opened = open_prepared(path)
+            opened.tokenizer.check_fits(self.context.architecture.vocab_size)
+            self._opened[path] = opened
         return self._opened[path]
 
     @property
@@ -247,7 +256,9 @@ class _Job:
         self.context.run_once(stage, "tasks", lambda s: prepare_tasks(self.context, s, self._reader()))
 
     def _reader(self) -> TaskReader:
-        return TaskReader(self.config, self._hf_folder.parent)
+        reader = TaskReader(self.config, self._hf_folder.parent)
+        reader.asker.tokenizer.check_fits(self.context.architecture.vocab_size)
+        return reader
 
     def _rlvr(self, node: Node, stage: StageFolder) -> None:
         tasks = open_tasks(self._reader(), self.folders["tasks"].path)

@@ -206,7 +206,9 @@ def _run(job: dict[str, Any]) -> list[int]:
 def _serve() -> None:
     # Imported here so that every child starts with them in memory.
     import megatron.core.optimizer  # noqa: F401
+    import scipy.stats  # noqa: F401
 
+    from ra3_megatron.report import run_report  # noqa: F401
     from ra3_megatron.stages import dry_run, pipeline  # noqa: F401
 
     for line in sys.stdin:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import small
+from tests.e2e import rl, small
 
 
 @pytest.fixture
@@ -53,6 +53,20 @@ def test_checkpoint_of_another_model_is_refused(server, base, begun):
     refused(
         server, begun, *same_corpus(begun, base), "model.architecture.ffn_hidden_size=96", "--accept-changes",
         words=("another model", "ffn_hidden_size: checkpoint 64, run 96"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["prepare", "ntp", "tasks"])
+def test_tokenizer_that_the_model_has_no_rows_for(stage, server, base, tmp_path):
+    """Of a corpus that was there already, `--stage ntp` met the ids past the embedding with an IndexError."""
+    tasks = str(rl.write_tasks(tmp_path / "tasks.jsonl"))
+    small.write_config(tmp_path, rlvr={"steps": 2, "tasks": tasks, "prompts_per_step": 4, "max_tokens": 24})
+    if stage != "prepare":
+        shutil.copytree(base / "run" / "00-prepare", tmp_path / "run" / "00-prepare", symlinks=True)
+        shutil.copy(base / "run" / "config.yaml", tmp_path / "run")
+    refused(
+        server, tmp_path, *same_corpus(tmp_path, base), "model.architecture.vocab_size=300", "--accept-changes",
+        "--stage", stage, words=("tokenizer has 51", "300 embedding rows", "larger vocabulary"),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The virtual cluster of `cluster.sh` from Python: start, submit, wait, cut the power, look for leftovers."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -16,6 +17,12 @@ SCRIPT = HERE / "cluster.sh"
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 """States that a job does not leave by itself."""
+
+SANDBOXED = "in a sandbox"
+"""Said of processes that have a process table of their own on a node."""
+
+NS_GET_PARENT = 0xB702
+"""ioctl: the namespace that a namespace is in."""
 
 DAEMONS = ("bash", "sleep", "slurmd", "slurmstepd")
 """What runs on a node without a job."""
@@ -178,13 +185,30 @@ class Cluster:
                     continue
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                node = own.get(os.readlink(folder / "ns" / "pid"))
+                spaces = list(_pid_namespaces(folder))
+                node = next((own[space] for space in spaces if space in own), None)
                 name, state = (folder / "comm").read_text().strip(), (folder / "stat").read_text().rpartition(")")[2]
             except OSError:
                 continue
             if node and name not in DAEMONS and state.split()[0] != "Z":
-                found.setdefault(node, []).append(name)
+                found.setdefault(node, []).append(name if spaces[0] in own else f"{name} {SANDBOXED}")
         return found
+
+
+def _pid_namespaces(process: Path) -> Iterator[str]:
+    """A process's own and those it is in: the judge's sandboxes have their own below a node's."""
+    fd = os.open(process / "ns" / "pid", os.O_RDONLY)
+    try:
+        while True:
+            yield os.readlink(f"/proc/self/fd/{fd}")
+            try:
+                outer = fcntl.ioctl(fd, NS_GET_PARENT)
+            except OSError:
+                return  # the outermost
+            os.close(fd)
+            fd = outer
+    finally:
+        os.close(fd)
 
 
 if __name__ == "__main__":

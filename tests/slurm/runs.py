@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from ra3_megatron.launch.attempts import RECORD, Record
-from tests.e2e import small
+from ra3_megatron.launch.attempts import RECORD, STARTUP, Record
+from tests.e2e import rl, small
 from tests.slurm.cluster import ROOT, Cluster
 
 LIGHT_WORKER = ROOT / "tests" / "slurm" / "light_worker"
@@ -25,6 +25,13 @@ QUICK = {"RA3_HANG_POLL_S": "0.2", "PYTHONDONTWRITEBYTECODE": "1"}
 PREPARE = "00-prepare"
 STAGE = "01-ntp"
 STEPS = 24
+
+RLVR = "01-rlvr"
+RLVR_ALONE = {
+    "steps": 16, "max_lag": 1, "prompts_per_step": 4, "group_size": 4, "max_tokens": 24, "max_refills": 1,
+    "overlong": "keep", "validation_tasks": 4, "eval_interval": 6, "checkpoint_interval": 4, "lr": 3e-3,
+}  # fmt: skip
+"""Answers to `tests.e2e.rl`'s tasks; a checkpoint every fourth step."""
 
 
 def settings(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
@@ -80,9 +87,9 @@ class Run:
         whole = [line for line in lines if line.endswith(b"\n")]
         return json.loads(whole[-1])["step"] if whole else 0
 
-    def wait_for_step(self, step: int, seconds: float = 240) -> None:
+    def wait_for_step(self, step: int, seconds: float = 240, stage: str = STAGE) -> None:
         """Until `step` steps are done."""
-        self.cluster.wait(lambda: self.step() >= step, seconds, f"step {step}; {self.logs()}")
+        self.cluster.wait(lambda: self.step(stage) >= step, seconds, f"step {step}; {self.logs()}")
 
     def done(self, stage: str = STAGE) -> bool:
         return (self.stage(stage) / "DONE").is_file()
@@ -92,9 +99,18 @@ class Run:
         result = json.loads((self.stage(stage) / "DONE").read_text())
         return {k: v for k, v in result.items() if k not in ("seconds", "tokens_per_second")}
 
+    def evaluated(self, stage: str) -> dict[str, Any]:
+        """What was measured of every model on the benchmarks, without places and the clock's share."""
+        found = json.loads((self.stage(stage) / "results.json").read_text())
+        for model in found["models"].values():
+            model.pop("checkpoint")
+            for figures in model["benchmarks"].values():
+                figures.pop("judge_cpu_s")
+        return found
+
     def events(self, job: str = STAGE) -> list[str]:
         """Names of the events in the job's record."""
-        return [e["event"] for e in Record(self.run / "jobs" / job).events()]
+        return [e["event"] for e in Record(self.run / "jobs" / job).events() if e["event"] != STARTUP]
 
     def has_record(self, job: str = STAGE) -> bool:
         return (self.run / "jobs" / job / RECORD).exists()
@@ -176,6 +192,31 @@ class Runs:
         run = self.fresh(self._folder / "prepare")
         self.local(run, ["midtrain", str(run.config), "--stage", "prepare"], world=1)
         return run
+
+    def rlvr(self, folder: Path) -> Run:
+        """RLVR alone, from a model trained before; the tasks are chosen already."""
+        tasks = rl.write_tasks(self._folder / "tasks.jsonl")
+        run = self.fresh(folder, rlvr={**RLVR_ALONE, "start": str(self._trained.run), "tasks": str(tasks)},
+                         latent={"max_batch": 16}, judge={"workers": 1})  # fmt: skip
+        config = yaml.safe_load(run.config.read_text())
+        config["run"]["arms"] = []
+        config["model"].pop("architecture")
+        run.config.write_text(yaml.safe_dump(config))
+        return run
+
+    @cached_property
+    def _trained(self) -> Run:
+        """Three steps of next-token prediction: something to start from."""
+        run = self.prepared(self._folder / "trained", train={"steps": 3})
+        self.local(run, ["midtrain", str(run.config), "--stage", "ntp"], world=1)
+        return run
+
+    @cached_property
+    def rlvr_reference(self) -> dict[str, Any]:
+        """What `RLVR` ends with on two processes of this machine that nobody disturbs."""
+        run = self.rlvr(self._folder / "rlvr-reference")
+        self.local(run, ["rlvr", str(run.config)], world=2)
+        return run.result(RLVR)
 
     @cached_property
     def reference(self) -> dict[str, Any]:

@@ -9,9 +9,12 @@ import sys
 import time
 
 import pytest
+import yaml
 
-from ra3_megatron.launch.attempts import Record
+from ra3_megatron.launch.attempts import STARTUP, Record
+from ra3_megatron.launch.startup import in_words
 from ra3_megatron.report.schema import read_metrics
+from tests.e2e import rl
 from tests.slurm.cluster import ROOT, Cluster
 from tests.slurm.runs import LIGHT_WORKER, PREPARE, STAGE, Runs
 
@@ -26,13 +29,32 @@ CHAIN = {
     "train": {"steps": None, "tokens": 8192},
     "export": {"enabled": True},
 }
+RLVR = {
+    "steps": 2, "prompts_per_step": 4, "group_size": 4, "max_tokens": 24, "max_refills": 1, "overlong": "keep",
+    "validation_tasks": 4, "checkpoint_interval": 1, "lr": 3e-3,
+}  # fmt: skip
+PROBLEM = {
+    "task_id": "HumanEval/0", "prompt": "def f(x):\n    return x  #", "entry_point": "f", "canonical_solution": "\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 1\n",
+}  # fmt: skip
+"""Passed by an answer that stays in the comment."""
 
 
 def chain(runs: Runs, folder):
-    run = runs.fresh(folder, **CHAIN)
-    text = run.config.read_text()
-    run.config.write_text(text.replace("kind: folder", "kind: folder\n    limit: 4").replace(
-        "workers: 1", "workers: 1\n  snippet_tokens: 100"))  # fmt: skip
+    """Everything that a run can do, a little of each; runs beside one another share tasks and problems."""
+    data = folder.parent / "data"
+    tasks, problems = rl.write_tasks(data / "tasks.jsonl"), data / "HumanEval.jsonl"
+    problems.write_text("".join(json.dumps({**PROBLEM, "task_id": f"HumanEval/{n}"}) + "\n" for n in range(3)))
+    asked = {"samples": 2, "temperature": 1.0, "max_tokens": 12, "start_token": "auto"}
+    more = {
+        "rlvr": {**RLVR, "tasks": str(tasks)},
+        "evaluation": {"benchmarks": ["humaneval"], "data_dir": str(data), **asked},
+        "judge": {"workers": 1},
+    }
+    run = runs.fresh(folder, **CHAIN, **more)
+    config = yaml.safe_load(run.config.read_text())
+    config["data"] |= {"snippet_tokens": 100, "corpus": {**config["data"]["corpus"], "limit": 4}}
+    run.config.write_text(yaml.safe_dump(config))
     return run
 
 
@@ -52,18 +74,24 @@ def test_whole_chain_from_one_sbatch(runs, tmp_path):
     said = (tmp_path / "first.log").read_text()
     jobs = dict(re.findall(r"^(\S+): submitted (\S+)", said, re.MULTILINE))
     last = list(jobs)[-1]
-    assert last.endswith("-measure")
-    run.wait_for_end(jobs[last], seconds=500)
+    assert last.endswith("-evaluate")
+    run.wait_for_end(jobs[last], seconds=900)
     runs.local(alone, ["midtrain", str(alone.config)], world=2)
     stages = sorted(p.parent.name for p in run.run.glob("*/DONE"))
     assert stages == sorted(p.parent.name for p in alone.run.glob("*/DONE"))
-    assert len(stages) == 9
+    assert [name.split("-", 1)[1] for name in stages] == [
+        "prepare", "prepare-base", "base", "tasks", "ra3-variational-1", "ra3-generate-1", "ra3-sft-1", "ntp",
+        "ra3-rlvr", "ntp-rlvr", "export", "measure", "evaluate",
+    ]  # fmt: skip
     for name in stages:
         assert run.result(name) == alone.result(name), name
+    assert run.evaluated("12-evaluate") == alone.evaluated("12-evaluate")
+    assert len(run.evaluated("12-evaluate")["models"]) == 5
+    assert run.result("10-export")["checkpoint"] == run.result("08-ra3-rlvr")["checkpoint"], "exported after RLVR"
     exported = [next(r.run.glob("*-export/hf/model.safetensors")).read_bytes() for r in (run, alone)]
     assert exported[0] == exported[1]
-    dossier = json.loads((run.stage("06-ntp") / "logs" / "latest" / "environment.json").read_text())
-    assert dossier["variables"]["SLURM_JOB_ID"] == jobs["06-ntp"]
+    dossier = json.loads((run.stage("07-ntp") / "logs" / "latest" / "environment.json").read_text())
+    assert dossier["variables"]["SLURM_JOB_ID"] == jobs["07-ntp"]
     assert dossier["variables"]["RA3_CODE_COMMIT"]
 
 
@@ -239,11 +267,16 @@ def test_real_processes(launcher, runs, tmp_path):
     assert run.result() == runs.reference
     assert run.events() == ["started", "saved", "started", "done"]
     events = Record(run.run / "jobs" / STAGE).events()
-    times = [(r["step"], r["wall"]["time"]) for r in read_metrics(run.stage() / "metrics.jsonl") if "loss" in r]
-    first, again = times[0][1], next(moment for _, moment in times if moment > events[2]["time"])
-    print(f"{launcher}: first step {first - events[0]['time']:.1f} s after the check of the nodes; signal to saved "
-          f"{events[1]['time'] - sent:.1f} s, to checked again {events[2]['time'] - sent:.1f} s, to the next new step "
-          f"{again - sent:.1f} s")  # fmt: skip
+    (_, first), (again, second) = [(e["time"], e["seconds"]) for e in events if e["event"] == STARTUP]
+    saved, started = (next(e["time"] for e in events if e["event"] == name) for name in ("saved", "started"))
+    checked = next(e["time"] for e in events if e["event"] == "started" and e["time"] > saved)
+    times = [r["wall"]["time"] for r in read_metrics(run.stage() / "metrics.jsonl") if "loss" in r]
+    assert started < times[0] < saved < checked < again
+    new = next(moment for moment in times if moment > checked)
+    print(f"{launcher}: {in_words(first)}")
+    print(f"{launcher}, second time: {in_words(second)}")
+    print(f"{launcher}: signal to saved {saved - sent:.1f} s, to checked again {checked - sent:.1f} s, "
+          f"to the next new step {new - sent:.1f} s")  # fmt: skip
 
 
 @pytest.mark.slow

@@ -3,12 +3,17 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from ra3_megatron.config.control import STOP_FILE
-from tests.slurm.cluster import ROOT
-from tests.slurm.runs import STAGE, Run, Runs
+from ra3_megatron.config.control import REQUEST_FILE, STOP_FILE
+from ra3_megatron.launch.attempts import Record
+from ra3_megatron.launch.startup import moment_of
+from tests.slurm.cluster import ROOT, SANDBOXED
+from tests.slurm.runs import RLVR, STAGE, Run, Runs
 
 EARLY = 5
 """Steps after which things happen: past the first checkpoint, far from the end."""
@@ -192,18 +197,85 @@ def test_power_cut(rank, run, runs):
     assert run.events().count("started") == 2
 
 
+@contextmanager
+def held_up(run: Run, rank: int) -> Iterator[Path]:
+    """The newest attempt's folder, while one of its processes is stopped: no step is made."""
+    _, process = run.rank_process(rank)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield (run.run / "jobs" / STAGE / "latest").resolve()
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
 @pytest.mark.slow
-def test_real_time_limit(runs, tmp_path):
+def test_real_time_limit(run, runs):
     """The signal of a real limit, which Slurm may send a minute early."""
-    run = runs.prepared(tmp_path, train={"steps": 4000, "eval_interval": 0}, checkpoint={"interval": 100000})
-    jobs = run.launch("--time", "2", "--grace-s", "70")
-    run.cluster.wait(lambda: "saved" in run.events(), 400, f"the signal comes; {run.logs()}")
-    run.cluster.wait(lambda: run.events().count("started") == 2, 240, "goes on")
+    jobs = run.launch("--time", "2", "--grace-s", "45")
+    run.wait_for_step(EARLY)
+    with held_up(run, 1) as attempt:
+        run.cluster.wait((attempt / REQUEST_FILE).exists, 240, f"the signal comes; {run.logs()}")
+    run.wait_for_end(jobs[STAGE])
+    assert run.result() == runs.reference
+    assert run.events()[-3:] == ["saved", "started", "done"]
+    assert "crash" not in run.events()
+
+
+NO_SIGNAL = ("--sbatch", "--signal=B:URG@60")
+"""Another signal than ours, which nobody heeds: as on a site that sends none."""
+
+
+@pytest.mark.slow
+def test_no_signal_comes(run, runs):
+    """Where the signal got lost the job ran into its limit, and all since the last checkpoint was lost."""
+    jobs = run.launch("--time", "1", "--grace-s", "60", *NO_SIGNAL)
+    run.wait_for_step(EARLY)
+    with held_up(run, 1) as attempt:
+        ends = moment_of(run.cluster.facts(jobs[STAGE])["EndTime"])
+        run.cluster.wait(lambda: time.time() > ends - 29, 120, "the moment to save has come")
+    assert not (attempt / REQUEST_FILE).exists()
+    run.cluster.wait(lambda: run.events().count("started") > 1, 240, f"requeued; {run.logs()}")
+    reasons = [e["reason"] for e in Record(run.run / "jobs" / STAGE).events() if e["event"] == "saved"]
+    assert all("the moment of RA3_MUST_SAVE_BY has come; saved after step" in reason for reason in reasons)
+    run.wait_for_end(jobs[STAGE])
+    assert run.result() == runs.reference
     assert run.events()[:3] == ["started", "saved", "started"]
-    saved = [p.parent.name for p in run.stage().glob("checkpoints/step_*/DONE")]
-    assert len(saved) == 1, "the one asked for"
-    run.cluster.wait(lambda: run.step() > int(saved[0].removeprefix("step_")), 240, "further steps")
-    assert run.cluster.state(jobs[STAGE]) in ("RUNNING", "PENDING")
+    assert run.events()[-1] == "done"
+
+
+@pytest.mark.slow
+def test_a_save_that_does_not_end_before_the_limit(runs, tmp_path):
+    """The job was ended as TIMEOUT, all that waited for it was cancelled, and the run stood still until morning."""
+    run = runs.prepared(tmp_path, export={"enabled": True})
+    jobs = run.launch("--time", "1", "--grace-s", "1", *NO_SIGNAL)
+    run.wait_for_step(EARLY)
+    _, process = run.rank_process(1)
+    os.kill(process, signal.SIGSTOP)
+    run.cluster.wait(lambda: run.events()[:3] == ["started", "limit", "started"], 300, f"past the limit; {run.logs()}")
+    assert run.cluster.state(jobs["02-export"]) == "PENDING"
+    assert run.cluster.facts(jobs[STAGE])["Reason"] == "None", "a later cancellation must not be taken for a limit"
+    run.wait_for_end(jobs[STAGE])
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "limit", "started", "done"]
+    run.wait_for_end(jobs["02-export"])
+
+
+@pytest.mark.slow
+def test_rlvr_is_asked_to_leave_and_loses_a_process(runs, tmp_path):
+    """Answers drawn twice or judged otherwise after a requeue; sandboxes that outlived their judge (verl#1466)."""
+    run = runs.rlvr(tmp_path)
+    jobs = run.launch()
+    assert list(jobs) == ["00-tasks", RLVR]
+    run.wait_for_step(EARLY, stage=RLVR)
+    run.cluster.output(["scancel", "--batch", "--signal=USR1", jobs[RLVR]])
+    run.cluster.wait(lambda: run.events(RLVR)[-1:] == ["started"] and "saved" in run.events(RLVR), 240, "goes on")
+    run.wait_for_step(run.step(RLVR) + 4, stage=RLVR)
+    here = [name for names in run.cluster.leftovers().values() for name in names]
+    os.kill(run.rank_process(1, job=RLVR)[1], signal.SIGKILL)
+    run.wait_for_end(jobs[RLVR])
+    assert run.events(RLVR) == ["started", "saved", "started", "crash", "started", "done"]
+    assert run.result(RLVR) == runs.rlvr_reference
+    assert [name for name in here if name.endswith(SANDBOXED)], f"sandboxes are seen, were they left behind: {here}"
 
 
 @pytest.mark.slow

@@ -111,8 +111,10 @@ def _serve_one(connection: socket.socket) -> None:
 def serve(path: str) -> None:
     """Listen until the parent is gone."""
     import megatron.core.optimizer  # noqa: F401
+    import scipy.stats  # noqa: F401
 
     from ra3_megatron import cli  # noqa: F401
+    from ra3_megatron.report import run_report  # noqa: F401
     from ra3_megatron.stages import pipeline  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -168,10 +169,76 @@ def test_estimate_of_a_run_as_measured(tmp_path):
         measured_speed(tmp_path / "empty")
     config = config_from_dict({"run": {"arms": ["ntp"]}, "train": {"tokens": 1000, "seq_length": 64}})
     (job,) = [j for j in plan(config, Settings(nodes=3)) if j.name.endswith("-ntp")]
-    amount = planned_flops(config, ARCHITECTURE, job, None)
+    amount = planned_flops(config, ARCHITECTURE, job, None, {})
     assert amount == ARCHITECTURE.flops_per_token(32) * 1000
     assert job_hours(job, amount, speed) == pytest.approx(amount / 2e11 / 24 / 3600)
     assert job_hours(job, None, speed) is None
+
+
+FULL = {
+    "run": {"arms": ["ra3", "ntp"]},
+    "base": {"tokens": 10},
+    "train": {"tokens": 1000, "seq_length": 64},
+    "rlvr": {"steps": 4, "tasks": "t", "prompts_per_step": 8, "group_size": 2, "max_tokens": 16, "eval_interval": 2,
+             "validation_tasks": 6, "validation_samples": 3},
+    "measure": {"snippets": 5, "samples": 2},
+    "evaluation": {"benchmarks": ["humaneval"], "samples": 2, "temperature": 1.0, "max_tokens": 32},
+}  # fmt: skip
+
+
+def finish(run: Path, name: str, attempts: int = 1, layout: dict | None = None, **result) -> None:
+    """A finished stage on six processes."""
+    stage = run / name
+    for attempt in range(attempts):
+        (stage / "logs" / f"{attempt + 1:04d}").mkdir(parents=True)
+        (stage / "logs" / f"{attempt + 1:04d}" / "environment.json").write_text(json.dumps({"processes": 6}))
+    (stage / "logs" / "latest").symlink_to(f"{attempts:04d}")
+    if layout is not None:
+        checkpoint = stage / "checkpoints" / "step_00000004"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"layout": layout}))
+        (checkpoint / "architecture.json").write_text(json.dumps(ARCHITECTURE.to_dict()))
+    (stage / "DONE").write_text(json.dumps({"seconds": 10.0, **result}))
+
+
+def test_estimate_covers_rlvr_measurement_and_evaluation(tmp_path):
+    """The stages that draw answers had no figure: of a whole chain hours were told that left out half of it."""
+    measured = config_from_dict(FULL)
+    measured.save(tmp_path / "config.yaml")
+    names = {job.kind: job.stage for job in plan(measured, Settings())}
+    finish(tmp_path, names["rlvr"], layout={"tensor": 3, "data": 2})
+    finish(tmp_path, names["measure"])
+    finish(tmp_path, names["evaluate"], problems={"humaneval": 7})
+    speed = measured_speed(tmp_path)
+    forward = ARCHITECTURE.flops_per_token(8) / 3
+    answers, held_out = 4 * 8 * 2, 3 * 6 * 3
+    assert speed.by_kind["rlvr"] == pytest.approx(((answers + held_out) + 3 * answers) * 16 * forward / 60)
+    # Base, two arms, and both after RLVR: five models; measured before RLVR: three.
+    evaluated = 5 * 7 * 2 * 32 * ARCHITECTURE.flops_per_token(16) / 3
+    assert speed.by_kind["evaluate"] == pytest.approx(evaluated / 60)
+    measured_on = 3 * 5 * (1 + 2.5 * 2 * 1.1) * 64 * ARCHITECTURE.flops_per_token(32) / 3
+    assert speed.by_kind["measure"] == pytest.approx(measured_on / 60)
+    # Twice the steps without measurements in between on twice the processes.
+    longer = {**FULL["rlvr"], "steps": 8, "eval_interval": 0}
+    planned = config_from_dict(
+        {**FULL, "rlvr": longer, "evaluation": {**FULL["evaluation"], "samples": 20, "limit": 3}}
+    )
+    hours = {}
+    for job in plan(planned, Settings(nodes=2, processes_per_node=6)):
+        amount = planned_flops(planned, ARCHITECTURE, job, None, speed.problems)
+        hours[job.kind] = job_hours(job, amount, speed)
+    assert hours["rlvr"] * 3600 == pytest.approx(10 / 2 * (4 * 128 + 2 * 6 * 3) / (4 * answers + held_out))
+    assert hours["measure"] * 3600 == pytest.approx(5)
+    assert hours["evaluate"] * 3600 == pytest.approx(5 * 10 * 3 / 7)
+    # Benchmarks of unknown size, and seconds of a last attempt alone, give no figure.
+    (evaluate,) = [job for job in plan(planned, Settings()) if job.kind == "evaluate"]
+    assert planned_flops(planned, ARCHITECTURE, evaluate, None, {"mbpp": 5}) is None
+    again = tmp_path / "again"
+    again.mkdir()
+    measured.save(again / "config.yaml")
+    finish(again, names["rlvr"], layout={"data": 6})
+    finish(again, names["evaluate"], attempts=2, problems={"humaneval": 7})
+    assert set(measured_speed(again).by_kind) == {"rlvr"}
 
 
 def test_dossier_names_nodes_driver_and_commit(tmp_path, monkeypatch):
@@ -182,6 +249,7 @@ def test_dossier_names_nodes_driver_and_commit(tmp_path, monkeypatch):
     found = environment()
     assert found["variables"]["SLURM_JOB_NODELIST"] == "gpu[01-16]"
     assert found["git"] == "abc123"
+    assert found["processes"] == 1
     assert "secret" not in json.dumps(found)
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1  Thu\nGCC version: x\n")
     assert driver_version(tmp_path / "version") == "NVIDIA UNIX x86_64 Kernel Module  570.1  Thu"

@@ -1,5 +1,6 @@
 """The jobs of a run and their order, the commands they are submitted with, the arithmetic of large layouts."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.evaluation import EvaluationConfig
 from ra3_megatron.config.run import RunConfig, config_from_dict, load_config
-from ra3_megatron.launch.command import check_layouts, launch
+from ra3_megatron.launch.command import check_layouts, for_a_replica, launch
 from ra3_megatron.launch.folder import LaunchFolder, snapshot
 from ra3_megatron.launch.plan import plan
 from ra3_megatron.launch.settings import Settings, job_variables, load_settings
@@ -128,8 +129,8 @@ def test_layouts_over_512_processes():
                 "train": {"tokens": 1_000_000, "seq_length": 4096, "global_batch_size": 1024},
             }
         )
-        nodes = max(1, tensor * pipeline * context // 8)
-        lines = check_layouts(c, Settings(nodes=64, array_nodes=nodes), c.model.architecture)
+        lines = check_layouts(c, Settings(nodes=64), c.model.architecture)
+        assert len(lines) == 1, "nothing is generated: no array to check"
         expected = f"512 processes = tensor {tensor} x pipeline {pipeline} x context {context} x data {data};"
         assert expected in lines[0]
         assert f"{1024 // data} micro-batches, {1024 * 4096:,} tokens a step" in lines[0]
@@ -211,6 +212,47 @@ def test_experts_that_do_not_fit_512_processes(sizes, sections, words):
     with pytest.raises(UserError, match=words) as refused:
         _experts_over_512(sizes, **sections)
     assert "\n" not in str(refused.value)
+
+
+EIGHT_B = ROOT / "configs" / "llama-3.1-8b.yaml"
+
+
+def dry(tmp_path, *arguments, gpu_memory=0.0, nodes=64):
+    """What `ra3 launch configs/llama-3.1-8b.yaml --nodes 64 --dry-run` prints, or why it refuses."""
+    shape = Settings(nodes=nodes, gpu_memory_gib=gpu_memory)
+    return launch(EIGHT_B, [f"run.dir={tmp_path / 'run'}", *arguments], shape, dry_run=True)
+
+
+def test_the_8b_configuration_on_512_gpus(tmp_path):
+    """A layout that cannot be was found out after hours in the queue, by 512 processes at once."""
+    told = dry(tmp_path)
+    assert "a job: 64 nodes x 8 = 512 processes = tensor 4 x pipeline 1 x context 1 x data 128;" in told
+    assert "an element of the array: 1 nodes x 8 = 8 processes = tensor 4 x pipeline 1 x context 1 x data 2;" in told
+    (memory,) = re.findall(r"memory of the fullest process: about ([\d.]+) GiB", told)
+    assert 8e9 / 4 * (2 + 4) / 2**30 < float(memory) < 60, "weights and gradients of a quarter of the model at least"
+    refused = {
+        "parallel.tensor=3": "but 512 were started",
+        "parallel.tensor=16": "does not divide model.architecture.num_kv_heads",
+        "parallel.pipeline=64": "does not divide model.architecture.num_layers",
+        "parallel.data=100": "leaves 128",
+        "train.global_batch_size=192": "use 256",
+    }
+    for change, words in refused.items():
+        with pytest.raises(UserError) as found:
+            dry(tmp_path, change)
+        assert words in str(found.value), change
+    with pytest.raises(UserError, match=r"needs about .* GiB and a GPU has 16 "):
+        dry(tmp_path, gpu_memory=16.0)
+    assert dry(tmp_path, gpu_memory=80.0) == told
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_element_of_the_array_holds_a_replica(tmp_path):
+    """A replica of two nodes was refused, since the elements of the array had one unless told otherwise."""
+    c = config(parallel={"tensor": 4, "pipeline": 4})
+    assert for_a_replica(c, Settings(nodes=4)).array_nodes == 2
+    assert for_a_replica(c, Settings(nodes=4, processes_per_node=3)).array_nodes == 6
+    assert for_a_replica(c, Settings(nodes=4, array_nodes=3)).array_nodes == 3
 
 
 def test_ports_differ_between_jobs_and_attempts():

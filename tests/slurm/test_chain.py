@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,11 +63,26 @@ def sbatch(run, *arguments: str, **options) -> str:
     return run.cluster.output(["sbatch", "--parsable", *arguments], env=run.env, **options).strip()
 
 
+def fails_once(path: Path, shard: int, python: str) -> Path:
+    """A stand-in for Python: the first attempt at a part of the generation ends at once, all else is `python`'s."""
+    path.write_text(
+        "#!/bin/bash\n"
+        f'if [[ $RA3_ATTEMPT_DIR == */part-{shard:04d}/*-0 ]]; then echo "this shard fails once"; exit 1; fi\n'
+        f'exec {python} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.slow
 def test_whole_chain_from_one_sbatch(runs, tmp_path):
-    """Every stage as a job of its own ends as the same run in one go on this machine does, to the bit."""
+    """Every stage as a job of its own ends as the same run in one go on this machine does, to the bit.
+
+    A shard of the generation fails once on the way.
+    """
     run, alone = chain(runs, tmp_path / "chain"), chain(runs, tmp_path / "alone")
     run.env["RA3_PROCESSES"] = "1"
+    run.env["RA3_PYTHON"] = str(fails_once(tmp_path / "worker", 1, run.env["RA3_PYTHON"]))
     first = sbatch(
         run, "--nodes=2", "--gpus-per-node=8", "--time=10", f"--output={tmp_path}/first.log", MIDTRAIN, str(run.config)
     )
@@ -88,6 +104,9 @@ def test_whole_chain_from_one_sbatch(runs, tmp_path):
     assert run.evaluated("12-evaluate") == alone.evaluated("12-evaluate")
     assert len(run.evaluated("12-evaluate")["models"]) == 5
     assert run.result("10-export")["checkpoint"] == run.result("08-ra3-rlvr")["checkpoint"], "exported after RLVR"
+    assert [run.events(f"05-ra3-generate-1/part-{i:04d}") for i in range(2)] == [
+        ["started", "done"], ["started", "crash", "started", "done"],
+    ]  # fmt: skip
     exported = [next(r.run.glob("*-export/hf/model.safetensors")).read_bytes() for r in (run, alone)]
     assert exported[0] == exported[1]
     dossier = json.loads((run.stage("07-ntp") / "logs" / "latest" / "environment.json").read_text())
@@ -132,14 +151,7 @@ def test_dry_run_tells_every_command(runs, tmp_path):
 def test_array_shard_that_fails_restarts_alone(runs, tmp_path):
     """scontrol requeue of the last element requeued the whole array."""
     run = runs.hollow(tmp_path, "00-prepare", "03-ra3-variational-1", **CHAIN)
-    worker = tmp_path / "worker"
-    worker.write_text(
-        "#!/bin/bash\n"
-        'if [[ $RA3_ATTEMPT_DIR == */part-0002/*-0 ]]; then echo "this shard fails once"; exit 1; fi\n'
-        f'exec {LIGHT_WORKER} "$@"\n'
-    )
-    worker.chmod(0o755)
-    run.env["RA3_PYTHON"] = str(worker)
+    run.env["RA3_PYTHON"] = str(fails_once(tmp_path / "worker", 2, str(LIGHT_WORKER)))
     jobs = run.launch("--array", "3", "--sbatch", "--exclude=node004")
     array = jobs["04-ra3-generate-1"]
     run.wait_for_end(jobs["04-ra3-generate-1-join"])

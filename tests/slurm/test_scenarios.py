@@ -1,6 +1,7 @@
 """What happens to a stage in the middle of its steps, on a real Slurm: it ends with the weights of an unbroken run."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def test_a_dead_rank_tears_the_others_down_and_the_job_goes_on(run, runs):
     assert run.events() == ["started", "crash", "started", "done"]
 
 
-def test_cancelled_is_never_requeued(run):
+def test_cancelled_is_never_requeued(run, runs):
     """scancel sends SIGTERM, as a requeue does; the job that took it for one came back for ever."""
     jobs = run.launch()
     run.wait_for_step(EARLY)
@@ -67,6 +68,10 @@ def test_cancelled_is_never_requeued(run):
     time.sleep(3)
     assert run.cluster.facts(jobs[STAGE])["Restarts"] == "0"
     assert not run.done()
+    said = run.cluster.output(["slurm/chain.sh", str(run.run)], env=run.env)
+    run.wait_for_end(re.findall(rf"^{STAGE}: submitted (\S+)", said, re.MULTILINE)[0])
+    assert run.result() == runs.reference
+    assert run.events() == ["started", "terminated", "started", "done"]
 
 
 def test_stop_file_and_resume(run, runs):

@@ -69,11 +69,6 @@ PARTS = (
         "long", "Qwen3-0.6B shape at 16k", 120, (script("gpu_training.py"),),
         device=("--shape", "qwen3-0.6b", "--seq", "16384", "--windows", "1", "--settings", "te-bf16,fp8-tensorwise"),
     ),
-    Part(
-        "decode", "passes of one token, with and without CUDA graphs", 120, (script("gpu_decode.py"),), writes=False,
-        tiny=("--shape", "tiny", "--batches", "1", "--tokens", "4"),
-        device=("--shape", "qwen2.5-1.5b", "--precision", "bf16"),
-    ),
     Part("largest", "largest model that trains", 240, (script("gpu_memory.py"), "--only", "largest")),
 )  # fmt: skip
 """In order of worth."""

@@ -49,8 +49,7 @@ CASES = (
 
 def estimated(config: RunConfig, a: Architecture, parallel: Parallel) -> int:
     """Bytes by the estimate, for the layers that are really built."""
-    te = choose_layers(config.model).use_te
-    kernels = Kernels(te=te, fused_norms=te or parallel.on_gpu)
+    kernels = Kernels(te=choose_layers(config.model).use_te, gpu=parallel.on_gpu)
     return estimate_memory(config, a, resolve_layout(config, 1, a), kernels).total
 
 

@@ -37,15 +37,16 @@ class Kernels:
 
     te: bool
     """Transformer Engine's layers rather than torch's."""
-    fused_norms: bool
-    """A norm keeps its input alone; torch's on a CPU keep, in fp32, the input and what it is scaled to."""
+    gpu: bool
+    """A norm keeps its input alone, and the loss reads the logits as they are; torch's norms on a CPU keep, in fp32,
+    the input and what it is scaled to, and the loss a copy of the logits in fp32."""
 
     @classmethod
     def expected(cls, config: RunConfig) -> "Kernels":
         """Of a GPU with Transformer Engine for bf16 and fp8 unless `model.layers` is `local`, of a CPU for fp32."""
         m = config.model
         gpu = m.precision != "fp32"
-        return cls(te=m.layers == "te" or (gpu and m.layers != "local"), fused_norms=gpu or m.layers == "te")
+        return cls(te=m.layers == "te" or (gpu and m.layers != "local"), gpu=gpu or m.layers == "te")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class MemoryEstimate:
     logits: int
     """Most that the final norm, the output layer and the loss hold at once: between the two passes."""
     recomputed: int = 0
-    """One layer's activations, computed anew in the backward pass, when the logits are gone."""
+    """Activations of one layer, or of its recomputed part, made anew in the backward pass, when the logits are gone."""
     frozen: int = 0
     """Weights of a second model: the scorer of an E-step, the reference of RLVR."""
     cache: int = 0
@@ -112,7 +113,7 @@ def _element(config: RunConfig) -> int:
 
 def _norm_bytes(width: float, element: int, kernels: Kernels) -> float:
     """Bytes a norm over `width` numbers keeps per token."""
-    return width * element + 4 if kernels.fused_norms else 8 * width + 4
+    return width * element + 4 if kernels.gpu else 8 * width + 4
 
 
 def _stream_width(config: RunConfig, a: Architecture, layout: Layout) -> float:
@@ -120,18 +121,19 @@ def _stream_width(config: RunConfig, a: Architecture, layout: Layout) -> float:
     return a.hidden_size / (layout.tensor if config.parallel.sequence else 1)
 
 
-def _attention_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels) -> float:
+def _attention_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels, fp8: bool) -> float:
     """Bytes the attention of one layer keeps per token, between its two linear layers' inputs."""
     e, t = _element(config), layout.tensor
     q, kv = a.num_heads * a.head_dim / t, a.num_kv_heads * a.head_dim / t
     projected = q + 2 * kv
     """Values are a view of the projection's output, which keeps all of it alive."""
     statistics = 4 * a.num_heads / t
-    if config.model.recompute == "selective":
-        kept = (q + kv + projected + q) * e
+    copied = q * _eight_bits(config) if fp8 else 0.0
+    if _again(config, "core_attn"):
+        kept = (q + kv + projected + q) * e + copied
     elif kernels.te:
         # It copies the values; its output is what the next linear layer keeps, unless that keeps an FP8 copy.
-        kept = (2 * q + 2 * kv) * e + statistics + (q if config.model.precision == "fp8" else 0)
+        kept = (2 * q + 2 * kv) * e + statistics + copied
     else:
         # Outputs of the sequences of a window, and then side by side.
         seen = kv + projected if layout.context == 1 else 2 * kv * layout.context
@@ -147,30 +149,77 @@ def _qk_norm_bytes(q: float, kv: float, a: Architecture, element: int, kernels: 
     heads = (q + kv) / a.head_dim
     if kernels.te:
         return (q + kv) * element + 4 * heads
-    if kernels.fused_norms:
+    if kernels.gpu:
         return q * element + 4 * heads  # the keys are a view of the projection's output
     return 8 * q + (8 if element == 2 else 4) * kv + 4 * heads
 
 
-def _layer_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels) -> float:
-    """Bytes one layer keeps per token of the micro-batch, on one rank, when nothing of it is computed anew."""
+@dataclass(frozen=True)
+class _LayerBytes:
+    """What one layer has per token of the micro-batch, on one rank."""
+
+    kept: float
+    """Bytes kept for the backward pass when the layer as a whole is not computed anew."""
+    anew: float
+    """Bytes of its MLP that are made anew in the backward pass."""
+
+
+def _again(config: RunConfig, part: str) -> bool:
+    """Whether this part of every layer is computed anew in the backward pass."""
+    return config.model.recompute == "selective" and part in config.model.recompute_modules
+
+
+def _eight_bits(config: RunConfig) -> float:
+    """Bytes of a number in the recipe's own format."""
+    return 0.5 if config.model.fp8_recipe == "nvfp4" else 1.0
+
+
+def _fp8_share(config: RunConfig, a: Architecture) -> float:
+    """Share of the layers that compute in FP8."""
+    m = config.model
+    if m.precision != "fp8":
+        return 0.0
+    return max(0, a.num_layers - m.bf16_layers_at_start - m.bf16_layers_at_end) / a.num_layers
+
+
+def _layer_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels, fp8: bool) -> _LayerBytes:
+    """Of a layer that computes in FP8, or of one that does not."""
     e, stream = _element(config), _stream_width(config, a, layout)
     # Transformer Engine keeps the inputs of its matrix products in the numbers it multiplies.
-    multiplied = 1 if config.model.precision == "fp8" else e
-    norms = 2 * (_norm_bytes(stream, e, kernels) + stream * multiplied)
+    multiplied = _eight_bits(config) if fp8 else e
+    norm = _norm_bytes(stream, e, kernels)
+    whole = norm + stream * multiplied
+    attention = whole + _attention_bytes(config, a, layout, kernels, fp8)
     if a.num_experts:
-        mlp = _expert_bytes(a, layout, kernels, e, multiplied)
+        mlp = whole + _expert_bytes(a, layout, kernels, e, multiplied)
     else:
-        mlp = _mlp_bytes(a.ffn_hidden_size / layout.tensor, kernels, e, multiplied)
-    return norms + _attention_bytes(config, a, layout, kernels) + mlp
+        mlp = whole + _mlp_bytes(a.ffn_hidden_size / layout.tensor, kernels, e, multiplied)
+    if not _again(config, "moe" if a.num_experts else "mlp"):
+        return _LayerBytes(attention + mlp, 0.0)
+    # Where it begins again: the norm belongs to a dense MLP, and stands before a mixture.
+    start = norm + stream * e if a.num_experts else stream * e
+    return _LayerBytes(attention + start, mlp - start)
 
 
-def _mlp_bytes(ffn: float, kernels: Kernels, element: int, multiplied: int) -> float:
+def _kept_and_again(config: RunConfig, a: Architecture, layout: Layout, kernels: Kernels) -> tuple[float, float]:
+    """Bytes per token that a stage's layers keep of one micro-batch, and those made anew at once."""
+    m, share = config.model, _fp8_share(config, a)
+    layers, stream = a.num_layers / layout.pipeline, _stream_width(config, a, layout) * _element(config)
+    low, high = (_layer_bytes(config, a, layout, kernels, fp8) for fp8 in (True, False))
+    layer = share * low.kept + (1 - share) * high.kept
+    if m.recompute == "full":
+        again = layers if m.recompute_layers is None else min(m.recompute_layers, layers)
+        # The input of a layer that is computed anew is what was kept of it. Those that are not are gone by then.
+        return again * stream + (layers - again) * layer, layer - stream if again == layers else 0.0
+    return max(0, layers - m.offload_layers) * layer, max(low.anew, high.anew)
+
+
+def _mlp_bytes(ffn: float, kernels: Kernels, element: int, multiplied: float) -> float:
     """Bytes a gated MLP of width `ffn` keeps per token: gate, up and product; torch's also silu(gate), a copy of up."""
     return 2 * ffn * element + ffn * multiplied + (0 if kernels.te else 2 * ffn * element)
 
 
-def _expert_bytes(a: Architecture, layout: Layout, kernels: Kernels, element: int, multiplied: int) -> float:
+def _expert_bytes(a: Architecture, layout: Layout, kernels: Kernels, element: int, multiplied: float) -> float:
     """Bytes a mixture keeps per token of the micro-batch on one rank, tokens dealt out evenly over the experts.
 
     A rank routes its own share of the tokens; its experts get as many copies of tokens as if it kept them all.
@@ -184,11 +233,11 @@ def _expert_bytes(a: Architecture, layout: Layout, kernels: Kernels, element: in
     return router + k * layout.expert_tensor / layout.tensor * copy
 
 
-def _logits_bytes(config: RunConfig, a: Architecture, layout: Layout, tokens: float) -> float:
-    """Bytes held around the loss: probabilities in fp32 and the logits, or their gradient, in the model's numbers; or,
-    a moment later, that gradient and the one of the output layer's weight."""
+def _logits_bytes(config: RunConfig, a: Architecture, layout: Layout, tokens: float, kernels: Kernels) -> float:
+    """Bytes held around the loss: the logits, over which their gradient is written, and on a CPU their copy in fp32;
+    or, a moment later, that gradient and the one of the output layer's weight."""
     columns, e = layout.padded_vocab / layout.tensor, _element(config)
-    both = tokens * columns * (4 if e == 4 else 4 + e)
+    both = tokens * columns * (e if kernels.gpu or e == 4 else 4 + e)
     return max(both, tokens * columns * e + columns * a.hidden_size * e)
 
 
@@ -207,9 +256,11 @@ def _optimizer_bytes(config: RunConfig) -> int:
 
 
 def _weights_bytes(config: RunConfig, a: Architecture, layout: Layout, parameters: int) -> int:
-    """Weights as they are trained; FP8 keeps two more copies of the layers' matrices, one of them transposed."""
-    copies = 2 * sum(_matrices(a, layout)) * (a.num_layers // layout.pipeline)
-    return parameters * _element(config) + (copies if config.model.precision == "fp8" else 0)
+    """Weights as they are trained. FP8 layers have two more copies of their matrices, one of them transposed; with
+    `model.fp8_params` these two are all there is."""
+    matrices = sum(_matrices(a, layout)) * (a.num_layers // layout.pipeline) * _fp8_share(config, a)
+    copies = 2 * _eight_bits(config) - (_element(config) if config.model.fp8_params else 0)
+    return parameters * _element(config) + int(copies * matrices)
 
 
 def cache_length(max_tokens: int) -> int:
@@ -266,13 +317,12 @@ def estimate_memory(
     """
     kernels = kernels or Kernels.expected(config)
     tokens = config.train.micro_batch_size * config.train.seq_length / layout.context
-    layers, stream = a.num_layers / layout.pipeline, _stream_width(config, a, layout)
-    element, full = _element(config), config.model.recompute == "full"
-    layer = _layer_bytes(config, a, layout, kernels)
+    stream, element = _stream_width(config, a, layout), _element(config)
+    layers, again = _kept_and_again(config, a, layout, kernels)
     found = []
     for stage, (outside, experts) in enumerate(_stages(a, layout)):
         parameters = outside + experts
-        kept = layers * (stream * element if full else layer) * _in_flight(config, layout, stage)
+        kept = layers * _in_flight(config, layout, stage)
         last = stage == layout.pipeline - 1
         final_norm = tokens * (_norm_bytes(stream, element, kernels) + stream * element)
         weights = _weights_bytes(config, a, layout, parameters)
@@ -285,9 +335,8 @@ def estimate_memory(
                     (outside / (layout.data * layout.context) + experts / layout.expert_data) * _optimizer_bytes(config)
                 ),
                 activations=int(tokens * kept),
-                logits=int(final_norm + _logits_bytes(config, a, layout, tokens)) if last else 0,
-                # Its input is what was kept.
-                recomputed=int(tokens * (layer - stream * element)) if full else 0,
+                logits=int(final_norm + _logits_bytes(config, a, layout, tokens, kernels)) if last else 0,
+                recomputed=int(tokens * again),
                 frozen=weights if _has_second_model(config) else 0,
                 cache=cache_bytes(config, a, layout),
             )

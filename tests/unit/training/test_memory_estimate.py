@@ -50,11 +50,22 @@ class _Held:
                 self.saved.now -= self.bytes
 
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "attention": {"recompute": "selective"},
+    "mlp": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "moe": {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]},
+    "full": {"recompute": "full"},
+    "two layers": {"recompute": "full", "recompute_layers": 2},
+}
+"""Fields of `model`."""
+
+
 def _config(recompute: str, precision: str) -> RunConfig:
     return config_from_dict(
         {
             "run": {"arms": ["ntp"]},
-            "model": {"precision": precision, "recompute": recompute, "layers": "local"},
+            "model": {"precision": precision, "layers": "local", **RECOMPUTE[recompute]},
             "train": {"steps": 10, "seq_length": TOKENS, "global_batch_size": 1},
         }
     )
@@ -91,17 +102,48 @@ EXPERTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize(("family", "precision"), [("qwen2", "fp32"), ("qwen3", "fp32"), ("llama", "bf16"), *MIXTURES])
-def test_activations_are_those_that_autograd_saves(parallel, recompute, family, precision):
+MODELS = [("qwen2", "fp32"), ("qwen3", "fp32"), ("llama", "bf16"), *MIXTURES]
+CASES = [(*m, r) for m in MODELS for r in RECOMPUTE if r != ("mlp" if m in MIXTURES else "moe")]
+
+
+@pytest.mark.parametrize(("family", "precision", "recompute"), CASES)
+def test_activations_are_those_that_autograd_saves(parallel, family, precision, recompute):
     """The estimate was half of what the layers kept, counted logits three times and knew no recomputed layer."""
     biased, normed, experts = family == "qwen2", family.startswith("qwen3"), EXPERTS if family == "qwen3_moe" else {}
     a = Architecture(family, 3, 96, 6, 2, 24, 320, 1000, False, biased, normed, max_positions=2048, **experts)
     config = _config(recompute, precision)
     layout = resolve_layout(config, 1, a)
-    memory = estimate.estimate_memory(config, a, layout, estimate.Kernels(te=False, fused_norms=False))
+    cpu = estimate.Kernels(te=False, gpu=False)
+    memory = estimate.estimate_memory(config, a, layout, cpu)
     # Of the logits autograd saves the probabilities, in fp32; the rest of the term lives beside it.
-    around = estimate._logits_bytes(config, a, layout, TOKENS)
+    around = estimate._logits_bytes(config, a, layout, TOKENS, cpu)
     head = memory.logits - around + 4 * TOKENS * layout.padded_vocab
     expected = memory.activations + max(head, memory.recomputed)
     assert expected == pytest.approx(_measured(config, a, parallel), rel=0.05)
+
+
+def test_fp8_has_copies_of_its_layers_matrices_and_keeps_bytes() -> None:
+    """FP8 was reckoned like BF16: its copies of the weights were forgotten, its one-byte activations counted double."""
+    a = Architecture("llama", 4, 64, 4, 2, 16, 128, 512, True, False, max_positions=2048)
+    layer = 64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 128
+
+    def memory(**model: Any) -> estimate.MemoryEstimate:
+        config = config_from_dict({**_PLAIN, "model": {"vocab_multiple": 1, **model}})
+        return estimate.estimate_memory(config, a, resolve_layout(config, 1, a))
+
+    bf16, fp8 = memory(precision="bf16"), memory(precision="fp8")
+    assert bf16.weights == 2 * a.parameter_count
+    assert fp8.weights - bf16.weights == 2 * 4 * layer
+    assert memory(precision="fp8", fp8_params=True).weights == bf16.weights
+    half = memory(precision="fp8", bf16_layers_at_start=1, bf16_layers_at_end=1)
+    assert half.weights - bf16.weights == 2 * 2 * layer
+    # Per token and layer, inputs of matrix products: two normed streams and the product of the MLP shrink by a byte a
+    # number; the attention's output stays for its own backward pass, and gets an FP8 copy.
+    assert bf16.activations - fp8.activations == TOKENS * 4 * (64 + 64 + 128 - 64)
+    assert half.activations == (bf16.activations + fp8.activations) // 2
+    assert memory(precision="bf16", offload_layers=3).activations == bf16.activations // 4
+
+
+_PLAIN: dict[str, Any] = {
+    "run": {"arms": ["ntp"]}, "train": {"steps": 10, "seq_length": TOKENS, "global_batch_size": 1},
+}  # fmt: skip

@@ -5,6 +5,7 @@ Columns past the real vocabulary (Megatron pads the embedding) never enter the n
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -88,6 +89,46 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         return out.to(ctx.dtype), None, None, None, None
 
 
+class _FusedLogProbs(torch.autograd.Function):
+    """The same on a GPU, in two kernels (`algo/logprobs_triton.py`)."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, shard: VocabShard, temperature: float, consume: bool) -> Tensor:
+        from ra3_megatron.algo.logprobs_triton import row_statistics
+
+        valid = shard.valid_columns(logits.size(-1))
+        maximum, total, chosen = row_statistics(logits, labels, shard.start, valid, temperature)
+        if shard.group is not None and shard.group.size() > 1:
+            highest = maximum.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=shard.group)
+            both = torch.stack((chosen, total * (maximum - highest).exp()))
+            dist.all_reduce(both, dist.ReduceOp.SUM, group=shard.group)
+            (chosen, total), maximum = both.unbind(0), highest
+        normaliser = maximum + total.log()
+        # Whoever consumes the logits writes its gradient over them, before this one's is computed.
+        kept = logits if consume or not ctx.needs_input_grad[0] else logits.clone()
+        ctx.save_for_backward(kept, labels, normaliser)
+        ctx.shard, ctx.valid, ctx.temperature, ctx.spent = shard, valid, temperature, False
+        return chosen - normaliser
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        from ra3_megatron.algo.logprobs_triton import write_gradient
+
+        if ctx.spent:
+            raise RuntimeError("token_log_probs has no second backward pass: the first one used its memory up")
+        ctx.spent = True
+        logits, labels, normaliser = ctx.saved_tensors
+        out = logits.detach()
+        write_gradient(logits, out, labels, normaliser, grad.contiguous(), ctx.shard.start, ctx.valid, ctx.temperature)
+        return out, None, None, None, None
+
+
+def _fused(logits: Tensor) -> bool:
+    """Whether the kernels take these logits."""
+    return logits.is_cuda and logits.dim() == 2 and logits.stride(1) == 1 and find_spec("triton") is not None
+
+
 class _VocabParallelEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, shard: VocabShard, temperature: float) -> Tensor:
@@ -118,11 +159,14 @@ def token_log_probs(
 ) -> Tensor:
     """Log-probability of each label after dividing the logits by `temperature`, differentiable once.
 
+    On a GPU two kernels read the logits in their own type, and nothing of their size is kept or made beside them.
+
     `logits` [tokens, columns of this process] in any float type, `labels` [tokens] global ids < `shard.vocab_size`.
     With `consume` the memory of the logits is reused: the caller must not read them again.
     Returns [tokens] fp32, nats, the same on every process of the group.
     """
-    return _VocabParallelLogProbs.apply(logits, labels, shard, temperature, consume)
+    function = _FusedLogProbs if _fused(logits) else _VocabParallelLogProbs
+    return function.apply(logits, labels, shard, temperature, consume)
 
 
 def token_entropy(logits: Tensor, shard: VocabShard, temperature: float = 1.0) -> Tensor:

@@ -5,11 +5,12 @@ Columns past the real vocabulary (Megatron pads the embedding) never enter the n
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ra3_megatron.algo.logprobs_triton import HAVE_TRITON, row_statistics, write_gradient
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,6 @@ class _FusedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, shard: VocabShard, temperature: float, consume: bool) -> Tensor:
-        from ra3_megatron.algo.logprobs_triton import row_statistics
-
         valid = shard.valid_columns(logits.size(-1))
         maximum, total, chosen = row_statistics(logits, labels, shard.start, valid, temperature)
         if shard.group is not None and shard.group.size() > 1:
@@ -113,8 +112,6 @@ class _FusedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        from ra3_megatron.algo.logprobs_triton import write_gradient
-
         if ctx.spent:
             raise RuntimeError("token_log_probs has no second backward pass: the first one used its memory up")
         ctx.spent = True
@@ -126,7 +123,7 @@ class _FusedLogProbs(torch.autograd.Function):
 
 def _fused(logits: Tensor) -> bool:
     """Whether the kernels take these logits."""
-    return logits.is_cuda and logits.dim() == 2 and logits.stride(1) == 1 and find_spec("triton") is not None
+    return HAVE_TRITON and logits.is_cuda and logits.dim() == 2 and logits.stride(1) == 1
 
 
 class _VocabParallelEntropy(torch.autograd.Function):

@@ -1,19 +1,31 @@
 """Log-probabilities of tokens on a GPU: the logits are read once forward and once backward, in their own type.
 
 With torch's operations [tokens, vocabulary] passes through memory a dozen times in fp32, and a copy of it in fp32 waits
-for the backward pass: 2.5 GB for 4096 tokens of a vocabulary of 152 k. Here one number per token is kept, and the logits
-themselves, whose memory the gradient takes. Triton comes with the CUDA builds of torch.
+for the backward pass: 2.5 GB for 4096 tokens of a vocabulary of 152 k. Here one number per token is kept and the logits
+themselves, whose memory the gradient takes. Triton comes with the CUDA builds of torch; `HAVE_TRITON` says whether.
 """
 
-import triton
-import triton.language as tl
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, empty, float32
 
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ModuleNotFoundError:
+    HAVE_TRITON = False
+    triton = tl = None
+_jit: Callable[[Any], Any] = triton.jit if HAVE_TRITON else lambda function: function
 BLOCK = 8192
 """Columns that a program holds at once."""
 
 
-@triton.jit
+@_jit
 def _forward(
     logits, labels, maxima, sums, chosen, stride, start, inverse_temperature, valid: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -38,7 +50,7 @@ def _forward(
     tl.store(chosen + row, x)
 
 
-@triton.jit
+@_jit
 def _backward(
     logits, gradient, labels, normaliser, grad, stride, width, valid, start, inverse_temperature, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -124,3 +124,16 @@ def test_gradients_go_straight_into_the_buffer(parallel):
     assert len(linears) == 16
     assert all(m.fuse_wgrad_accumulation for m in linears)
     assert not unwrap(e.chunks[0]).output_layer.gradient_accumulation_fusion
+
+
+@pytest.mark.parametrize("recompute", [{"recompute": "full"}, {"recompute": "full", "recompute_layers": 2}, "mlp"])
+def test_recompute_changes_nothing(parallel, recompute):
+    """Layers that were made again in BF16, or whole layers where some were asked for."""
+    chosen = recompute if recompute != "mlp" else {"recompute": "selective", "recompute_modules": ("mlp",)}
+    plain = engine(parallel, precision="fp8").train_step([batch(1), batch(2)], 1)
+    saving = engine(parallel, precision="fp8", **chosen)
+    found = saving.train_step([batch(1), batch(2)], 1)
+    assert (found.loss, found.grad_norm) == (plain.loss, plain.grad_norm)
+    c = unwrap(saving.chunks[0]).config
+    expected = {"full": ("uniform", 1)} | ({"full": ("block", 2)} if "recompute_layers" in chosen else {})
+    assert (c.recompute_method, c.recompute_num_layers) == expected.get(c.recompute_granularity, (None, None))

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 from torch.utils.checkpoint import checkpoint as _checkpoint
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 
 class CudaRNGStatesTracker:
@@ -21,4 +22,16 @@ def is_fp8_activation_recompute_enabled() -> bool:
 def checkpoint(
     function, *args, distribute_saved_activations=False, get_rng_state_tracker=None, tp_group=None, **kwargs
 ):
-    return _checkpoint(function, *args, use_reentrant=False, **kwargs)
+    """As the real one, the second pass runs with the recipe of the first, outside of its context as it is."""
+    state = FP8GlobalStateManager.quantization_state
+    then = state.fp8_enabled, state.fp8_recipe
+
+    def again(*inputs, **named):
+        now = state.fp8_enabled, state.fp8_recipe
+        state.fp8_enabled, state.fp8_recipe = then
+        try:
+            return function(*inputs, **named)
+        finally:
+            state.fp8_enabled, state.fp8_recipe = now
+
+    return _checkpoint(again, *args, use_reentrant=False, **kwargs)

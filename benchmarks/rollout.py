@@ -1,15 +1,16 @@
 """Seconds of interleaved rollouts: against one forward pass, a line-by-line loop, and `transformers` called per line.
 
-    python benchmarks/rollout.py [--model quickstart|FOLDER] [--rates 0 0.1 0.3 1] [--snippets 32] [--repeat 3]
+    python benchmarks/rollout.py [--model quickstart|FOLDER] [--rates 0 0.1 0.3 1] [--snippets 32] [--group 1]
 
 FOLDER is a Hugging Face model or a checkpoint of `ra3 convert import` (models/smollm2-135m after `make smollm2`);
-`quickstart` has that configuration's shape and random weights. Whether to think is decided by the random numbers alone,
-so that the think rate is the one asked for; a thought has at most --thought tokens. All of it in one process, in turn,
-the fastest of --repeat runs each: the floor is one forward pass over the tokens that the rollouts end with, all rows in
-one batch. The loop has the same engine and cache and takes a row at a time: a pass for the decision, one per token of
-a thought, one for the line; `batched` is the same loop with all rows side by side. `transformers` runs on --subset rows
-(default: all), and so do we where we are compared with it. Seconds are processor seconds, so that others on the machine
-do not count.
+`quickstart` has that configuration's shape and random weights. Whether to think is decided by the random numbers
+alone, so that the think rate is the one asked for; a thought has at most --thought tokens. All of it in one process,
+in turn, the fastest of --repeat runs each: the floor is one forward pass over the tokens that the rollouts end with,
+all rows in one batch. The loop has the same engine and cache and takes a row at a time: a pass for the decision, one
+per token of a thought, one for the line; `batched` is the same loop with all rows side by side. `transformers` runs
+on --subset rows (default: all), and so do we where we are compared with it. With --group G each snippet has that many
+rollouts, and ours is compared with the floor alone. Seconds are processor seconds, so that others on the machine do
+not count.
 """
 
 import argparse
@@ -68,12 +69,13 @@ class Bench:
     settings: RolloutSettings
     uniforms: Forced
     room: int
+    group: int = 1
 
     def engine(self, rows: int) -> MegatronEngine:
         return MegatronEngine(self.chunks, self.shape, self.parallel, rows, self.room)
 
     def interleaved(self, engine: MegatronEngine, count: int) -> list[Rollout]:
-        return rollout(engine, self.experts[:count], 1, self.uniforms, self.settings, self.think_tokens)
+        return rollout(engine, self.experts[:count], self.group, self.uniforms, self.settings, self.think_tokens)
 
 
 def floor(engine: MegatronEngine, texts: Sequence[np.ndarray]) -> None:
@@ -182,6 +184,9 @@ def verdict(value: float, target: float, least: bool) -> str:
 def measure(bench: Bench, model: Any, rate: float, subset: int, repeat: int) -> None:
     """Run all loops at one think rate and print the figures."""
     bench.uniforms = Forced(rate)
+    if bench.group > 1:
+        measure_groups(bench, rate, repeat)
+        return
     rows = len(bench.experts)
     engine, alone, few = bench.engine(rows), bench.engine(1), bench.engine(subset)
     found = bench.interleaved(engine, rows)
@@ -213,6 +218,20 @@ def measure(bench: Bench, model: Any, rate: float, subset: int, repeat: int) -> 
         peer = fastest(1, lambda: per_line_transformers(bench, model, subset))
         ratio = verdict(peer / small, 10, least=True)
         print(f"    {subset} rows: ours {small:.3f} s, transformers {peer:.3f} s = {ratio}")
+
+
+def measure_groups(bench: Bench, rate: float, repeat: int) -> None:
+    """Rollouts in groups against the floor."""
+    engine = bench.engine(len(bench.experts) * bench.group)
+    found = bench.interleaved(engine, len(bench.experts))
+    passes, fed = engine.counters.forward_passes, engine.counters.tokens
+    texts = [r.trajectory.ids for r in found]
+    thoughts = np.mean(np.concatenate([r.thought for r in found]))
+    least = fastest(repeat, lambda: floor(engine, texts))
+    ours = fastest(repeat, lambda: bench.interleaved(engine, len(bench.experts)))
+    tokens = sum(map(len, texts))
+    print(f"think rate {thoughts:.3f}: groups of {bench.group}, {tokens} final tokens, {fed} fed in {passes} passes; "
+          f"floor {least:.3f} s, ours {ours:.3f} s = {ours / least:.2f}x of the floor")  # fmt: skip
 
 
 def load(name: str, folder: Path, parallel: Any) -> tuple[list, Architecture, TokenizerConfig, Path]:
@@ -247,6 +266,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.3, 1.0])
     parser.add_argument("--snippets", type=int, default=32)
     parser.add_argument("--snippet-tokens", type=int, default=256)
+    parser.add_argument("--group", type=int, default=1)
     parser.add_argument("--thought", type=int, default=8)
     parser.add_argument("--subset", type=int)
     parser.add_argument("--repeat", type=int, default=3)
@@ -264,6 +284,7 @@ def main() -> None:
         bench = Bench(
             chunks, shape, parallel, experts[: options.snippets], corpus.think_tokens,
             RolloutSettings(max_latent_tokens=options.thought), Forced(0.0), min(2048, shape.max_positions),
+            options.group,
         )  # fmt: skip
         model = None
         if not options.no_transformers:

@@ -20,6 +20,7 @@ from ra3_megatron.config.errors import UserError
 from ra3_megatron.data.latent import ThinkTokens
 from ra3_megatron.data.trajectory import Decision, Kind, Trajectory, splice
 from ra3_megatron.rollout.engine import Answer, Extend, Query, RolloutEngine
+from ra3_megatron.rollout.party import Party
 
 FIRST_CHUNK = 16
 """About the size of a row's first chunk, tokens: how long it goes without a thought is not known yet."""
@@ -160,7 +161,8 @@ def _log_act(log_mass: float) -> float:
 class _Walk:
     """One rollout on its way: what its row is extended by next, and what the answer means.
 
-    `_ids` is what the row holds, `_carry` what must come next by force, `_at` the expert token after that.
+    `_ids` is what the row holds, `_carry` what must come next by force, `_at` the expert token after that. It opens a
+    row of its own unless it is given one; where that is `shared` with others, a thought begins on a copy of it.
     """
 
     def __init__(
@@ -171,13 +173,15 @@ class _Walk:
         rules: ThoughtRules,
         settings: RolloutSettings,
         engine: RolloutEngine,
+        row: int | None = None,
     ) -> None:
         self.place, self.expert, self.uniforms = place, expert, uniforms
         self.rules, self.settings, self.engine = rules, settings, engine
         first = expert.segments[0]
         self._at = first.end if first.kind == Kind.PROMPT else 1
         self._ids: list[int] = expert.ids[: self._at].tolist()
-        self.row = engine.open(self._ids)
+        self.row = engine.open(self._ids) if row is None else row
+        self.shared = row is not None
         code = [s for s in expert.segments if s.kind == Kind.CODE]
         self._starts, self._ends = [s.start for s in code], [s.end for s in code]
         self._carry: list[int] = []
@@ -272,7 +276,10 @@ class _Walk:
 
     def _think(self, decision: Decision, token: int, place: int) -> None:
         """A thought begins with `token` at `place`; its forced prefix is there already."""
-        self.engine.rollback(self.row, place)
+        if self.shared:
+            self.row, self.shared = self.engine.fork(self.row, place), False
+        else:
+            self.engine.rollback(self.row, place)
         del self._ids[place:]
         self._at = self._starts[decision.line]
         self._begin = place - len(decision.forced)
@@ -346,21 +353,42 @@ def rollout(
     # Long texts first: a long one that begins last would run alone.
     order = sorted(range(len(trajectories)), key=lambda i: -len(trajectories[i].ids))
     waiting = deque((number, member) for number in order for member in range(group_size))
-    walks: list[_Walk] = []
+    parties: list[Party] = []
     finished: dict[tuple[int, int], Rollout] = {}
-    while waiting or walks:
-        while waiting and len(walks) < engine.max_batch:
-            place = waiting.popleft()
-            expert = trajectories[place[0]]
-            numbers = uniforms(*place, (expert.num_lines, 1 + settings.max_latent_tokens))
-            walks.append(_Walk(place, expert, numbers, rules, settings, engine))
-        ready = [w for w in walks if not w.done]
-        extends = [w.extend() for w in ready]
-        for walk, extend, answer in zip(ready, extends, engine.step(extends, settings.temperature), strict=True):
-            walk.absorb(extend, answer)
-        for walk in walks:
-            if walk.done:
+    while waiting or parties:
+        parties += _entering(engine, waiting, trajectories, uniforms, rules, settings, parties)
+        ready = [p for p in parties if not p.members[0].done]
+        extends = [p.extend() for p in ready]
+        ended = [p for p in parties if p.members[0].done]
+        parties = []
+        for party, answer in zip(ready, engine.step(extends, settings.temperature), strict=True):
+            for left in party.absorb(answer):
+                (ended if left.members[0].done else parties).append(left)
+        for party in ended:
+            for walk in party.members:
                 finished[walk.place] = walk.result()
-                engine.close(walk.row)
-        walks = [w for w in walks if not w.done]
+            engine.close(party.row)
     return [finished[place] for place in sorted(finished)]
+
+
+def _entering(
+    engine: RolloutEngine,
+    waiting: deque[tuple[int, int]],
+    trajectories: Sequence[Trajectory],
+    uniforms: Uniforms,
+    rules: ThoughtRules,
+    settings: RolloutSettings,
+    parties: Sequence[Party],
+) -> list[Party]:
+    """Who there is room for: each may need a row of its own."""
+    entering: list[Party] = []
+    for _ in range(min(len(waiting), engine.max_batch - sum(len(p.members) for p in parties))):
+        place = waiting.popleft()
+        expert = trajectories[place[0]]
+        numbers = uniforms(*place, (expert.num_lines, 1 + settings.max_latent_tokens))
+        last = entering[-1] if entering else None
+        if last is not None and last.members[0].place[0] == place[0]:
+            last.join(_Walk(place, expert, numbers, rules, settings, engine, last.row))
+        else:
+            entering.append(Party([_Walk(place, expert, numbers, rules, settings, engine)]))
+    return entering

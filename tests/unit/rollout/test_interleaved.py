@@ -114,6 +114,26 @@ def test_independent_of_batch_and_chunks(model, texts, parallel, group):
         assert not engine._rows
 
 
+def test_a_group_reads_its_text_once(model, texts, parallel):
+    """What the rollouts of a group have in common was computed for each: all of it where nobody thinks."""
+    trajectories, think_tokens = texts
+
+    def never(_number, _member, shape):
+        return np.full(shape, np.nextafter(1.0, 0.0))
+
+    fed, options = [], RolloutSettings(1.0, MAX_LATENT, 64)
+    for size, rows in ((1, 3), (6, 24), (6, 4), (6, 1)):
+        engine = engine_of(model, parallel, max_batch=rows)
+        found = rollout(engine, trajectories[:1], size, never, options, think_tokens)
+        assert len(found) == size
+        assert not any(r.thought.any() for r in found)
+        assert not engine._rows
+        fed.append(engine.counters.tokens)
+    assert fed[1] == fed[0]
+    assert fed[2] == 2 * fed[0], "four of them together, and then two"
+    assert fed[3] == 6 * fed[0]
+
+
 def test_rollouts_are_sound(group, texts, model):
     """Actions must point at what they are about; behaviour log-probs at other tokens poison the policy gradient."""
     trajectories, think_tokens = texts

@@ -1,8 +1,7 @@
-"""What FP8 needs of forward passes that are no training: fresh quantised weights, and untouched scaling histories.
+"""What FP8 needs of forward passes that are no training: whole blocks of tokens, and untouched scaling histories.
 
-Transformer Engine's layers keep the quantised weights of the first micro-batch for the others, as long as nobody says
-that the weights have changed; Megatron's schedule does, a pass outside of it must. With delayed scaling every pass
-writes the largest numbers it meets into the history that the next training step's scales come from.
+With delayed scaling every pass writes the largest numbers it meets into the history that the next training step's
+scales come from, whether it trains or not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,6 @@ def token_multiple(config: Any) -> int:
     if config.fp4:
         return get_fp4_align_size(config.fp4_recipe)
     return get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
-
-
-def weights_changed(chunks: Sequence[torch.nn.Module]) -> None:
-    """Have the next pass quantise the weights anew; nothing without FP8."""
-    for chunk in chunks:
-        unwrap(chunk).set_is_first_microbatch()
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ra3_megatron.model.attention import packed_attention, packed_attention_here
 from ra3_megatron.model.factory import unwrap
-from ra3_megatron.model.fp8_passes import histories_kept, token_multiple, weights_changed
+from ra3_megatron.model.fp8_passes import histories_kept, token_multiple
+from ra3_megatron.model.precision import renew_quantised_weights
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.cache import ChunkCache
@@ -97,7 +98,7 @@ class Forward:
     def _refresh(self) -> None:
         for chunk in self.chunks:
             chunk.eval()
-        weights_changed(self.chunks)
+        renew_quantised_weights(self.chunks)
         self.generation += 1
         self._stale = False
 

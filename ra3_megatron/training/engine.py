@@ -22,6 +22,7 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.data.batch import TrainBatch, context_parallel_slice
 from ra3_megatron.model.factory import unwrap
+from ra3_megatron.model.fp8_passes import histories_kept
 from ra3_megatron.model.fusions import fuse_weight_gradients
 from ra3_megatron.model.precision import renew_quantised_weights
 from ra3_megatron.parallel.collectives import explain_timeouts
@@ -171,7 +172,8 @@ class TrainEngine:
         with explain_timeouts(self.parallel.world, "evaluate"):
             for chunk in self.chunks:
                 chunk.eval()
-            result, _ = self._run(batches, forward_only=True)
+            with histories_kept(self.chunks):
+                result, _ = self._run(batches, forward_only=True)
         return result
 
     # ---------------------------------------------------------------- schedule

@@ -21,6 +21,7 @@ from ra3_megatron.data.batch import TrainBatch, collate, context_parallel_indice
 from ra3_megatron.data.packing import Packing, TrainSequence, pack
 from ra3_megatron.model.attention import set_boundaries, set_prefixes
 from ra3_megatron.model.factory import unwrap
+from ra3_megatron.model.fp8_passes import histories_kept
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
 
@@ -119,7 +120,7 @@ def forward_only(
         zero = torch.zeros((), device=output.device)
         return zero, torch.ones((), dtype=torch.int, device=output.device), score(batch, output.squeeze(0))
 
-    with torch.no_grad(), explain_timeouts(replica, what):
+    with torch.no_grad(), histories_kept(chunks), explain_timeouts(replica, what):
         stored = run_schedule(parallel, chunks, local, keep, forward_only=True)
         shape = (len(batches), rows, batches[0].input_ids.numel())
         found = torch.zeros(shape, dtype=torch.float64, device=parallel.device)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Reinforcement learning: the E-step (--stage variational) or RLVR (--stage rlvr, when nothing is said).
-# Generation and training share all processes (colocated).
+# Every replica of the model generates, then trains; with parallel.generation_replicas=N in the configuration the last N
+# only generate while the others train, in the same allocation.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 slurm/rlvr.sh RUN_DIR --stage variational --arm ra3 --round 1
 #

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ra3_megatron.config.data import _at_least, _one_of
+from ra3_megatron.config.draws import check_draw_ahead, draw_steps
 from ra3_megatron.config.errors import UserError
 
 
@@ -93,7 +94,11 @@ class RlvrConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimate of that divergence at the sampled tokens (`algo/losses.reference_kl`)."""
     max_lag: int = 0
-    """Largest number of steps between an answer and its use: answers of max_lag + 1 steps are drawn at once."""
+    """Largest number of steps between an answer and its use: answers of max_lag + 1 steps are drawn at once, unless
+    `draw_ahead`."""
+    draw_ahead: bool = False
+    """Draw the answers of the next (max_lag + 1) / 2 steps, at once, before the steps before them are trained: what
+    replicas that only generate need (`parallel.generation_replicas`). max_lag must be odd."""
     minibatches: int = 1
     """Optimizer updates that a step's tasks are divided over."""
     lr: float = 1.0e-6
@@ -131,7 +136,13 @@ class RlvrConfig:
             _one_of(f"rlvr.{name}", getattr(self, name), known)
         self._check_together()
 
+    @property
+    def draw_steps(self) -> int:
+        """Steps whose answers are drawn at once."""
+        return draw_steps(self.max_lag, self.draw_ahead)
+
     def _check_together(self) -> None:
+        check_draw_ahead("rlvr", self.max_lag, self.draw_ahead)
         if self.temperature <= 0:
             raise UserError(f"rlvr.temperature = {self.temperature}; it must be above 0; 1 samples as trained")
         if self.prompts_per_step % self.minibatches:

@@ -1,6 +1,7 @@
 """Cross-field checks and the arithmetic of batches and processes, before anything is built."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,11 +37,23 @@ class Layout:
     """Processes that share an expert's matrices."""
     expert_data: int = 1
     """Processes that hold the same experts: tensor x context x data / (expert_tensor x expert)."""
+    generating: int = 0
+    """Of the replicas, those that only generate in the stages `variational` and `rlvr`."""
 
     @property
     def sequence_multiple(self) -> int:
         """Every packed sequence is padded to a multiple of this, so that context parallelism can split it evenly."""
         return sequence_multiple(self.context)
+
+
+def sides(layout: Layout) -> str:
+    """Who trains and who generates where some replicas only do that, in words."""
+    training, replica = layout.data - layout.generating, layout.world // layout.data
+    first = training * replica
+    return (
+        f"variational, rlvr: {training} replicas train (processes 0-{first - 1}), {layout.generating} generate "
+        f"({first}-{layout.world - 1})"
+    )
 
 
 def sequence_multiple(context: int) -> int:
@@ -55,10 +68,11 @@ def padded_vocab_size(vocab: int, multiple: int, tensor: int) -> int:
     return _round_up(vocab, multiple * tensor)
 
 
-def resolve_layout(config: RunConfig, world: int, architecture: Architecture) -> Layout:
+def resolve_layout(config: RunConfig, world: int, architecture: Architecture, splits: bool = True) -> Layout:
     """Check every rule that joins fields and return the arithmetic.
 
-    Raises UserError naming the fields, the values found and the fix.
+    `splits`: whether the world runs stages that `parallel.generation_replicas` divides; where it runs others alone,
+    that is no matter. Raises UserError naming the fields, the values found and the fix.
     """
     p, t = config.parallel, config.train
     for section, name in _at_least_one:
@@ -68,8 +82,12 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
         _check_train_length(config)
     _check_optimizer(config)
     data = replicas(p, world)
-    _check_ra3(config, data)
-    _check_rlvr(config, data)
+    generating = _check_generation(config, data) if p.generation_replicas and splits else 0
+    shares = {"replicas": data}
+    if p.generation_replicas:
+        shares = {"training replicas": data - generating, "generating replicas": generating} if splits else {}
+    _check_ra3(config, shares)
+    _check_rlvr(config, shares)
     check_model_split(p, architecture)
     check_expert_rollouts(config)
     check_precision(config.model, p, architecture)
@@ -97,6 +115,7 @@ def resolve_layout(config: RunConfig, world: int, architecture: Architecture) ->
         expert=p.expert,
         expert_tensor=p.expert_tensor or p.tensor,
         expert_data=expert_replicas(p, data),
+        generating=generating,
     )
     if config.run.arms and t.epochs is None:
         total_steps(config, layout, windows=0)
@@ -148,7 +167,42 @@ def _check_optimizer(config: RunConfig) -> None:
         raise UserError("parallel.timeout_s and checkpoint.timeout_s must be positive seconds")
 
 
-def _check_ra3(config: RunConfig, data: int) -> None:
+def _check_generation(config: RunConfig, data: int) -> int:
+    """Replicas that only generate, out of `data`."""
+    count = config.parallel.generation_replicas
+    found = f"parallel.generation_replicas is {count}"
+    if not 0 < count < data:
+        raise UserError(
+            f"{found} of {data} replicas; both sides need one: start {count + 1} replicas or more, or lower it to 0"
+        )
+    stages = {"variational": bool({"ra3", "brite"} & set(config.run.arms)), "rlvr": config.rlvr.steps > 0}
+    if not any(stages.values()):
+        raise UserError(f"{found}, and no stage of this run would use them (variational, rlvr); set it to 0")
+    if stages["variational"]:
+        raise UserError(
+            f"{found} and the run has an E-step, whose replicas cannot be divided yet; set it to 0, or use ra3 rlvr"
+        )
+    for name, there in stages.items():
+        if there and not getattr(config, name).draw_ahead:
+            raise UserError(
+                f"{found} and {name}.draw_ahead is false; one side would always wait for the other; set "
+                f"{name}.draw_ahead=true and {name}.max_lag to an odd number, or parallel.generation_replicas to 0"
+            )
+    if config.model.precision == "fp8" and (config.model.fp8_recipe == "delayed" or config.model.fp8_params):
+        raise UserError(
+            f"{found} and model.fp8_recipe is {config.model.fp8_recipe}, fp8_params {config.model.fp8_params}; scaling "
+            "factors of earlier steps and FP8 copies stay with those that train; use another recipe than delayed, and "
+            "fp8_params=false"
+        )
+    if config.parallel.expert > 1:
+        raise UserError(
+            f"{found} and parallel.expert is {config.parallel.expert}; experts are dealt out over replicas, which are "
+            "on different sides then; set one of them to its default"
+        )
+    return count
+
+
+def _check_ra3(config: RunConfig, shares: Mapping[str, int]) -> None:
     if config.base.tokens and config.model.source is not None:
         raise UserError(
             f"base.tokens is {config.base.tokens} and model.source is {config.model.source}; a base model is brought "
@@ -176,11 +230,12 @@ def _check_ra3(config: RunConfig, data: int) -> None:
             f"run.arms has {thinking[0]} and parallel.context is {config.parallel.context}; the rollout engine's cache "
             "is not split along the sequence; set parallel.context to 1"
         )
-    if config.variational.snippets_per_step % data:
-        raise UserError(
-            f"variational.snippets_per_step ({config.variational.snippets_per_step}) is not a multiple of the {data} "
-            f"replicas; use {_round_up(config.variational.snippets_per_step, data)}"
-        )
+    for who, count in shares.items():
+        if config.variational.snippets_per_step % count:
+            raise UserError(
+                f"variational.snippets_per_step ({config.variational.snippets_per_step}) is not a multiple of the "
+                f"{count} {who}; use {_round_up(config.variational.snippets_per_step, math.lcm(*shares.values()))}"
+            )
 
 
 def _check_vllm(config: RunConfig) -> None:
@@ -192,7 +247,7 @@ def _check_vllm(config: RunConfig) -> None:
         )
 
 
-def _check_rlvr(config: RunConfig, data: int) -> None:
+def _check_rlvr(config: RunConfig, shares: Mapping[str, int]) -> None:
     r, p = config.rlvr, config.parallel
     if not r.steps:
         if not config.run.arms:
@@ -208,12 +263,14 @@ def _check_rlvr(config: RunConfig, data: int) -> None:
             "RLVR alone has nothing to start from; set model.source, rlvr.start (a checkpoint or run folder) or "
             "base.tokens"
         )
-    unit = data * r.minibatches
-    if r.prompts_per_step % unit:
-        raise UserError(
-            f"rlvr.prompts_per_step ({r.prompts_per_step}) is not a multiple of {data} replicas x rlvr.minibatches "
-            f"({r.minibatches}); use {_round_up(r.prompts_per_step, unit)}"
-        )
+    units = {who: count * (1 if who.startswith("generating") else r.minibatches) for who, count in shares.items()}
+    for who, unit in units.items():
+        if r.prompts_per_step % unit:
+            raise UserError(
+                f"rlvr.prompts_per_step ({r.prompts_per_step}) is not a multiple of {unit} = {shares[who]} {who} x "
+                f"{unit // shares[who]} updates (rlvr.minibatches); use "
+                f"{_round_up(r.prompts_per_step, math.lcm(*units.values()))}"
+            )
     if p.context > 1:
         raise UserError(
             f"rlvr.steps is {r.steps} and parallel.context is {p.context}; the rollout engine's cache is not split "

@@ -8,7 +8,7 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.estimate import estimate_memory
 from ra3_megatron.config.run import RunConfig, load_config
-from ra3_megatron.config.validate import resolve_layout
+from ra3_megatron.config.validate import resolve_layout, sides
 from ra3_megatron.launch.estimate import Speed, corpus_tokens, job_hours, measured_speed, planned_flops
 from ra3_megatron.launch.folder import LaunchFolder
 from ra3_megatron.launch.settings import Settings, load_settings
@@ -101,11 +101,11 @@ def check_layouts(config: RunConfig, settings: Settings, architecture: Architect
     if architecture is None:
         return ["layout: not checked, the shape of the model is only known where its file is"]
     lines = []
-    jobs = [("a job", settings.nodes)]
+    jobs = [("a job", settings.nodes, True)]
     if any(node.kind == "generate" for node in graph(config)):
-        jobs.append(("an element of the array", settings.array_nodes))
-    for what, nodes in jobs:
-        layout = resolve_layout(config, nodes * settings.processes, architecture)
+        jobs.append(("an element of the array", settings.array_nodes, False))
+    for what, nodes, splits in jobs:
+        layout = resolve_layout(config, nodes * settings.processes, architecture, splits)
         experts = (
             f"; experts: expert-tensor {layout.expert_tensor} x expert {layout.expert} x expert-data "
             f"{layout.expert_data} of the {layout.tensor * layout.context * layout.data} processes of a stage"
@@ -114,7 +114,7 @@ def check_layouts(config: RunConfig, settings: Settings, architecture: Architect
             f"{what}: {nodes} nodes x {settings.processes} = {layout.world} processes = tensor {layout.tensor} x "
             f"pipeline {layout.pipeline} x context {layout.context} x data {layout.data}; "
             f"{layout.micro_batches} micro-batches, {layout.tokens_per_step:,} tokens a step"
-            f"{experts if architecture.num_experts else ''}"
+            f"{experts if architecture.num_experts else ''}{f'; {sides(layout)}' if layout.generating else ''}"
         )
     return lines
 

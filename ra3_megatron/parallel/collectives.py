@@ -53,12 +53,17 @@ def _raise_if_peer_failed(group: Group, name: str) -> None:
         raise peer_failed(name, failures)
 
 
-def _finish(group: Group, name: str, work: Any, seconds: float | None) -> None:
-    """Wait for `work`, a collective on the control group that `enter` has announced."""
+def _finish(group: Group, name: str, work: Any, seconds: float | None, patient: bool = False) -> None:
+    """Wait for `work`, a collective on the control group that `enter` has announced.
+
+    `patient`: the deadline counts from the last sign of life of those that have not come.
+    """
     where, limit, start = group.whereabouts, seconds or group.timeout_s, time.monotonic()
-    count = where._counts[group.key]
+    count, heard = where._counts[group.key], start
     while True:
-        left = limit - (time.monotonic() - start)
+        left = limit - (time.monotonic() - heard)
+        if left <= 0 and patient and (silence := where.silence(group, count)) < limit:
+            heard, left = time.monotonic() - silence, limit - silence
         if left <= 0:
             raise where.explain(group, name, count, time.monotonic() - start)
         ended = work.is_completed()
@@ -107,6 +112,23 @@ def all_reduce_max(group: Group, value: Any, name: str, seconds: float | None = 
     return _all_reduce(group, value, dist.ReduceOp.MAX, name, seconds)
 
 
+def wait_for_all(group: Group, value: int, name: str, silence_s: float) -> int:
+    """Largest `value` over the ranks of `group`, for ranks that come when work of unknown length is done.
+
+    Waits as long as anything is heard of those that are missing: `silence_s` is the deadline, from the last sign of
+    life of any of them. Raises CollectiveTimeout, or PeerFailed, like every collective here.
+    """
+    if group.size == 1:
+        return value
+    buffer, options = torch.tensor([value], dtype=torch.int64), dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]  # torch's stubs name the wrong one
+    # gloo's own deadline knows no patience; that of this wait holds.
+    options.timeout = timedelta(days=365)
+    group.whereabouts.enter(group.key, name)
+    _finish(group, name, group.control_group.allreduce([buffer], options), silence_s, patient=True)
+    return int(buffer.item())
+
+
 def broadcast_object(group: Group, value: Any, name: str, source: int = 0, seconds: float | None = None) -> Any:
     """Return what rank `source` (position in `group`) passed as `value`; the other ranks' values are ignored."""
     if group.size == 1:
@@ -114,7 +136,7 @@ def broadcast_object(group: Group, value: Any, name: str, source: int = 0, secon
     _arrive(group, name, seconds)
     box = [value]
     with explain_timeouts(group, name):
-        dist.broadcast_object_list(box, src=group.ranks[source], group=group.control_group)
+        dist.broadcast_object_list(box, group=group.control_group, group_src=source)
     return box[0]
 
 

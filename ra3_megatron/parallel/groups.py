@@ -80,8 +80,13 @@ class Parallel:
     """The store's diary; see `ra3_megatron.parallel.collectives`."""
     timeout_s: float
     """Default deadline of every collective, seconds."""
+    first_rank: int = 0
+    """Number of this world's first process among all processes of the run: above 0 where a run is split into several
+    worlds (`ra3_megatron.parallel.split`). Groups and messages name processes by their number among all."""
     pg_collection: Any = None
     """Megatron-Core's ProcessGroupCollection."""
+    starts: int = 0
+    """How often this world's groups were started; keeps the keys of one time in the store apart from the next."""
     _groups: dict[str, Group] = field(default_factory=dict)
     _open: bool = True
 
@@ -96,12 +101,12 @@ class Parallel:
 
     @property
     def rank(self) -> int:
-        """Global rank."""
+        """Rank in this world."""
         return self.launch.rank
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """Number of processes of this world."""
         return self.launch.world
 
     @property
@@ -131,8 +136,8 @@ class Parallel:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0."""
-        return self.launch.rank == 0
+        """Whether this is the first process of all."""
+        return self.first_rank + self.launch.rank == 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -169,6 +174,35 @@ class Parallel:
         self._open = False
         if not failed and self.world_size > 1:
             self._leave_store(self.timeout_s)
+        self.end_groups(failed)
+        if failed and self.world_size > 1:
+            # The connections are closed, which wakes peers out of collectives; why is written in the store.
+            self._leave_store(FAREWELL_S)
+
+    def start_groups(self) -> None:
+        """Start this world's groups, torch's and Megatron-Core's; collective over it."""
+        self.starts += 1
+        timeout = timedelta(seconds=self.timeout_s)
+        key = f"c10d/{self.starts}/{self.first_rank}x{self.world_size}"
+        store = dist.PrefixStore(key, self.whereabouts.store)
+        dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        from megatron.core import parallel_state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.sizes.tensor,
+            pipeline_model_parallel_size=self.sizes.pipeline,
+            virtual_pipeline_model_parallel_size=self.sizes.virtual_pipeline,
+            context_parallel_size=self.sizes.context,
+            expert_model_parallel_size=self.sizes.expert,
+            expert_tensor_parallel_size=self.sizes.expert_tensor,
+            distributed_timeout_minutes=self.timeout_s / 60,
+        )
+        self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        _build_groups(self, timeout)
+
+    def end_groups(self, failed: bool = False) -> None:
+        """End them; models and optimizers made with them are dead. Idempotent."""
         from megatron.core import num_microbatches_calculator, parallel_state
 
         num_microbatches_calculator.unset_num_microbatches_calculator()
@@ -178,9 +212,6 @@ class Parallel:
                 dist.distributed_c10d._abort_process_group()
             else:
                 dist.destroy_process_group()
-        if failed and self.world_size > 1:
-            # The connections are closed, which wakes peers out of collectives; why is written in the store.
-            self._leave_store(FAREWELL_S)
 
     def _leave_store(self, seconds: float) -> None:
         """Rank 0 may serve the store, so it goes last; it waits no longer than `seconds` for the others."""
@@ -254,8 +285,8 @@ def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
 _served: dict[tuple[str, int], dist.Store] = {}
 """Stores that rank 0 serves; a port cannot be served twice in one process, so a second start takes the first's."""
 
-_generation = 0
-"""How many times this process has started groups; keeps the keys of one life of the store apart from the next."""
+_lives = 0
+"""How many handles this process has made; keeps the keys of one life of the store apart from the next."""
 
 
 def initialize(config: ParallelConfig | None = None, launch: Launch | None = None) -> Parallel:
@@ -273,31 +304,14 @@ def initialize(config: ParallelConfig | None = None, launch: Launch | None = Non
     device, backend = _pick_device(launch)
     install()
     install_fused_adam()
-    timeout = timedelta(seconds=config.timeout_s)
-    global _generation
-    _generation += 1
-    store = dist.PrefixStore(f"ra3/{_generation}", _open_store(launch, timeout))
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("c10d", store), rank=launch.rank, world_size=launch.world, timeout=timeout
-    )
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor,
-        pipeline_model_parallel_size=sizes.pipeline,
-        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
-        context_parallel_size=sizes.context,
-        expert_model_parallel_size=sizes.expert,
-        expert_tensor_parallel_size=sizes.expert_tensor,
-        distributed_timeout_minutes=config.timeout_s / 60,
-    )
+    global _lives
+    _lives += 1
+    store = dist.PrefixStore(f"ra3/{_lives}", _open_store(launch, timedelta(seconds=config.timeout_s)))
     whereabouts = Whereabouts(dist.PrefixStore("where", store), launch.rank)
     if launch.world == 1:
         whereabouts.run_alone()
     handle = Parallel(sizes, launch, device, backend, whereabouts, config.timeout_s)
-    handle.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-    _build_groups(handle, timeout)
+    handle.start_groups()
     return handle
 
 
@@ -311,9 +325,8 @@ def _build_groups(handle: Parallel, timeout: timedelta) -> None:
         control = device_group
         if handle.backend != "gloo":
             control = _gloo_twin(ranks, handle, timeout)
-        handle._groups[name] = Group(
-            name, ranks, ranks.index(handle.rank), device_group, control, handle.whereabouts, handle.timeout_s
-        )
+        among_all, own = tuple(handle.first_rank + r for r in ranks), ranks.index(handle.rank)
+        handle._groups[name] = Group(name, among_all, own, device_group, control, handle.whereabouts, handle.timeout_s)
 
 
 def _gloo_twin(ranks: tuple[int, ...], handle: Parallel, timeout: timedelta) -> Any:

@@ -1,6 +1,7 @@
 """Who is where: every rank writes its phase to the store, so that a timeout can name who is missing."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ class PeerUserError(UserError, PeerFailed):
     """Another rank raised a UserError; the message is its own, without a traceback."""
 
 
+ALIVE_S = 5.0
+"""Least seconds between two signs of life within a phase."""
+
 _USER_ERROR = "UserError\n"
 """Start of a published failure that is a message for the user and no traceback."""
 
@@ -45,9 +49,9 @@ class Group:
     """
 
     name: str
-    """`world`, `tp`, `pp`, `cp`, `dp`, `dp_cp` or `mp`."""
+    """`world`, `tp`, `pp`, `cp`, `dp`, `dp_cp` or `mp`; between the worlds of a split run `both`, `leaders`, `part`."""
     ranks: tuple[int, ...]
-    """Global ranks in group order."""
+    """Numbers among all processes of the run, in group order."""
     rank: int
     """Position of this process in the group."""
     device_group: Any
@@ -98,6 +102,7 @@ class Whereabouts:
         self._counts: dict[str, int] = {}
         self._phase = "start"
         self._alone = False
+        self._inside, self._written = True, 0.0
 
     def run_alone(self) -> None:
         """Stop writing: with one rank there is nobody to read."""
@@ -111,8 +116,17 @@ class Whereabouts:
     def _write(self, inside: bool) -> None:
         if self._alone:
             return
+        self._inside, self._written = inside, time.monotonic()
         record = {"phase": self._phase, "inside": inside, "t": time.time(), "counts": self._counts}
-        self._store.set(f"at/{self._rank}", json.dumps(record))
+        try:
+            self._store.set(f"at/{self._rank}", json.dumps(record))
+        except dist.DistNetworkError as lost:
+            raise self._storeless(f'"{self._phase}"', lost) from lost
+
+    def alive(self) -> None:
+        """Say that this rank still works at what it last said, where it said so `ALIVE_S` ago or earlier."""
+        if time.monotonic() - self._written > ALIVE_S:
+            self._write(self._inside)
 
     def mark(self, phase: str) -> None:
         """Say that this rank now is at `phase`."""
@@ -133,8 +147,11 @@ class Whereabouts:
     def fail(self, traceback_text: str, user_error: UserError | None = None) -> None:
         """Publish this rank's traceback, or its message to the user, so that the others can say why they stop."""
         text = traceback_text if user_error is None else f"{_USER_ERROR}{user_error}"
-        self._store.set(f"failed/{self._rank}", text)
-        self._store.set("failed/any", str(self._rank))
+        try:
+            self._store.set(f"failed/{self._rank}", text)
+            self._store.set("failed/any", str(self._rank))
+        except dist.DistNetworkError:
+            return  # whoever served the store is gone; the error itself must not be lost over that
 
     def failures(self, ranks: tuple[int, ...], store: dist.Store | None = None) -> dict[int, str]:
         """Published tracebacks among `ranks`, by rank."""
@@ -153,6 +170,22 @@ class Whereabouts:
             found.append(Sighting(rank, record["phase"], record["inside"], now - record["t"], record["counts"]))
         return found
 
+    def _storeless(self, where: str, lost: RuntimeError) -> CollectiveTimeout:
+        return CollectiveTimeout(
+            f"rank {self._rank} at {where} cannot reach the store any more ({lost}); the process that serves it "
+            "(rank 0 or the launcher) is gone: look at its log first"
+        )
+
+    def silence(self, group: Group, count: int) -> float:
+        """Seconds since anything was heard of the ranks of `group` that have not entered its collective `count`;
+        infinite where all have, and where the store cannot be reached."""
+        try:
+            sightings = self.sightings(group.ranks)
+        except RuntimeError:
+            return math.inf
+        absent = [s for s in sightings if s.counts.get(group.key, 0) < count and s.rank != self._rank]
+        return min((s.seconds for s in absent), default=math.inf)
+
     def explain(
         self, group: Group, phase: str, count: int, waited: float, store: dist.Store | None = None
     ) -> Exception:
@@ -161,10 +194,7 @@ class Whereabouts:
             failures = self.failures(group.ranks, store)
             sightings = self.sightings(group.ranks, store)
         except RuntimeError as lost:
-            return CollectiveTimeout(
-                f'rank {self._rank} waited {waited:.1f} s at "{phase}" and cannot reach the store any more ({lost}); '
-                "the process that serves it (rank 0 or the launcher) is gone: look at its log first"
-            )
+            return self._storeless(f'"{phase}", where it waited {waited:.1f} s,', lost)
         failures.pop(self._rank, None)
         if failures:
             return peer_failed(phase, failures)

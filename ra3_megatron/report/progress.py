@@ -76,11 +76,12 @@ class Progress:
         think_rate: float | None = None,
         pass_rate: float | None = None,
         seconds: float | None = None,
+        idle: tuple[float | None, float | None] = (None, None),
     ) -> None:
         """Show that `step` steps are done. Losses in nats per token, speeds over all processes; ETA is worked out.
 
         `reward`, `think_rate` (a fraction) and `seconds` (of the step) are those of an E-step, `pass_rate` (a fraction)
-        is of RLVR.
+        is of RLVR. `idle`: seconds that training and generating replicas waited for one another, where they are apart.
         """
         if not self._enabled:
             return
@@ -98,6 +99,9 @@ class Progress:
             figures.append(f"thinks {100 * think_rate:.1f} %")
         if seconds is not None:
             figures.append(f"{seconds:.1f} s")
+        for who, waited in zip(("training", "generation"), idle, strict=True):
+            if waited is not None:
+                figures.append(f"{who} idle {waited:.1f} s")
         if tokens_per_second is not None:
             figures.append(f"{format_rate(tokens_per_second)} tokens/s")
         if snippets_per_second is not None:

@@ -25,6 +25,14 @@ _PARTS = (
     ("update_seconds", "update"),
 )
 
+_SPLIT_PARTS = (
+    ("trainer_idle_seconds", "waiting for answers"),
+    ("transfer_seconds", "weights to the others"),
+    ("score_seconds", "other policies"),
+    ("update_seconds", "update"),
+)
+"""The same on the side that trains where others draw."""
+
 # Title, metric and label of each line, whether the axis starts at 0; all lines of a chart have the first one's unit.
 _CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
     ("Reward of an answer", (("answer_reward", "mean"), ("answer_reward_spread", "spread")), True),
@@ -114,7 +122,8 @@ def rlvr_charts(records: Sequence[dict[str, Any]], stage: str) -> list[Markup]:
         if lines and not (parts[0][0] == "lag" and not any(y for _, y in lines[0].points)):
             unit = METRICS[parts[0][0]].unit
             charts.append(line_chart(lines, title, "" if unit == "1" else unit, SMALL, stage, from_zero))
-    layers = [Line(label, points) for name, label in _PARTS if (points := series(records, name))]
+    time_of = _SPLIT_PARTS if series(records, "trainer_idle_seconds") else _PARTS
+    layers = [Line(label, points) for name, label in time_of if (points := series(records, name))]
     if layers and all([x for x, _ in layer.points] == [x for x, _ in layers[0].points] for layer in layers):
         charts.append(stacked_chart(layers, "Time of a step", "seconds", SMALL, stage))
     return [Markup(chart) for chart in charts]

@@ -1,7 +1,7 @@
 """What every stage of a run gets: configuration, this process's place, the run's folder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,10 @@ class Context:
     def interrupt(self) -> Interrupt:
         """Where the stages' loops ask whether to save and leave, and say that they live."""
         return Interrupt(self.parallel, self.folder.path, self.config.parallel.timeout_s)
+
+    def on(self, parallel: Parallel) -> "Context":
+        """The same on another world of this process."""
+        return replace(self, parallel=parallel)
 
     def say(self, text: str) -> None:
         """Print a line, on one process."""

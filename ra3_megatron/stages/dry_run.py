@@ -21,7 +21,7 @@ from ra3_megatron.config.estimate import (
     parameters_per_rank,
 )
 from ra3_megatron.config.run import RunConfig
-from ra3_megatron.config.validate import Layout, resolve_layout
+from ra3_megatron.config.validate import Layout, resolve_layout, sides
 from ra3_megatron.parallel.launch import launch_from_env
 from ra3_megatron.stages.start import start_checkpoint
 
@@ -106,6 +106,7 @@ def _table(config: RunConfig, a: Architecture, where: str, layout: Layout, why: 
         ),
         ("tokens per step", f"{layout.tokens_per_step:,} = {t.global_batch_size} windows x {t.seq_length} tokens"),
         ("length", _length(config, layout)),
+        *_split_rows(config, layout),
         *_rlvr_rows(config, layout),
         *_rollout_rows(config, a, layout),
         (
@@ -171,6 +172,24 @@ def _expert_rows(a: Architecture, layout: Layout) -> list[tuple[str, str]]:
     ]
 
 
+def _split_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
+    """Who trains and who generates, where some replicas only do that."""
+    if not layout.generating:
+        return []
+    count = _per_replica(config.variational.snippets_per_step, "snippets", layout)
+    return [("split", sides(layout) + (f"; {count}" if "ra3" in config.run.arms or "brite" in config.run.arms else ""))]
+
+
+def _per_replica(count: int, what: str, layout: Layout) -> str:
+    """Shares of a step, e.g. `4 tasks per replica and step`."""
+    if not layout.generating:
+        return f"{count // layout.data} {what} per replica and step"
+    training = layout.data - layout.generating
+    return (
+        f"{count // training} {what} per training replica and step, {count // layout.generating} per generating replica"
+    )
+
+
 def _rlvr_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     """Arithmetic of RLVR's steps."""
     r = config.rlvr
@@ -181,8 +200,9 @@ def _rlvr_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
         (
             "RLVR",
             f"{r.steps:,} steps x {r.prompts_per_step} tasks x {r.group_size} answers = {r.steps * answers:,} answers "
-            f"of at most {r.max_tokens} tokens, up to {r.max_refills} refills; {r.prompts_per_step // layout.data} "
-            f"tasks per replica and step, {r.minibatches} updates per step, lag up to {r.max_lag}",
+            f"of at most {r.max_tokens} tokens, up to {r.max_refills} refills; "
+            f"{_per_replica(r.prompts_per_step, 'tasks', layout)}, {r.minibatches} updates per step, lag up to "
+            f"{r.max_lag}, answers of {r.draw_steps} steps drawn at once",
         ),
     ]
 

@@ -83,6 +83,16 @@ def listen() -> None:
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
 
 
+def was_asked() -> bool:
+    """Whether this process got SIGUSR1."""
+    return _signalled.is_set()
+
+
+def pass_on() -> None:
+    """Take for one's own what another process was asked, one that takes no part in the agreements."""
+    _signalled.set()
+
+
 def sign_in(rank: int) -> None:
     """Leave this process's number in the attempt's folder, when all that is imported is there."""
     folder = attempt_dir()

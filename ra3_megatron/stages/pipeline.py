@@ -60,7 +60,8 @@ def run(config: RunConfig, accept_changes: bool = False, only: Only | None = Non
     refuse_missing(missing_files(config, undone(config, Path(config.run.dir), chosen)))
     architecture, _ = declared_architecture(config)
     sizes = _sizes(config, only, launch.world)
-    layout = resolve_layout(replace(config, parallel=sizes), launch.world, architecture)
+    splits = any(node.kind in SPLITTING for node in chosen)
+    layout = resolve_layout(replace(config, parallel=sizes), launch.world, architecture, splits)
     choose_layers(config.model)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # Megatron's advice to its callers about deprecated and experimental parts is nothing a user could follow.
@@ -107,6 +108,9 @@ def parse_part(text: str | None, stage: str | None) -> Part | None:
 
 STEPPING = ("base", "ntp", "variational", "sft", "rlvr")
 """Stages whose loop is heard of at every step; others may be silent as long as a setting up may take."""
+
+SPLITTING = ("variational", "rlvr")
+"""Stages that `parallel.generation_replicas` divides."""
 
 
 def _sizes(config: RunConfig, only: Only | None, world: int) -> ParallelConfig:

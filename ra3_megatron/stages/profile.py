@@ -86,7 +86,12 @@ def run_profile(config: RunConfig, request: Request) -> Path:
     launch = launch_from_env()
     architecture, _ = declared_architecture(config)
     node = choose_stage(config, request.stage, request.arm, request.round)
-    layout = resolve_layout(config, launch.world, architecture)
+    if config.parallel.generation_replicas and node.kind in ("variational", "rlvr"):
+        raise UserError(
+            f"parallel.generation_replicas is {config.parallel.generation_replicas}; a profile of {node.kind} is of "
+            "replicas that all do the same; set it to 0 for the profile"
+        )
+    layout = resolve_layout(config, launch.world, architecture, splits=False)
     choose_layers(config.model)
     if request.nsys and not torch.cuda.is_available():
         raise UserError("--nsys marks ranges for Nsight Systems, which needs a GPU; none was found; leave --nsys out")
@@ -100,7 +105,7 @@ def run_profile(config: RunConfig, request: Request) -> Path:
             first.say(nsys_command(sys.argv, folder))
             return folder
         changed = profiled_config(config, folder / WORK, request.plan.total, layout)
-        changed_layout = resolve_layout(changed, launch.world, architecture)
+        changed_layout = resolve_layout(changed, launch.world, architecture, splits=False)
         steps = Steps(parallel, folder / WORK, request.plan, request.save, request.nsys)
         context = ProfiledContext(changed, architecture, changed_layout, parallel, RunFolder(folder / WORK), steps)
         try:

@@ -94,7 +94,7 @@ def build_stage(context: Context, config: RunConfig, node: Node) -> Profiled:
         hf = sources.hf_folder(weights)
         tasks = replace(sources.tasks(hf), validation=())
         rlvr = Rlvr(context, folder, RlvrInputs(tasks, hf, weights))
-        return Profiled(rlvr, said, rlvr.policy.longest_row / 2)
+        return Profiled(rlvr, said, rlvr.basis.longest_row / 2)
     corpus, hf = sources.corpus(node), sources.hf_folder(weights)
     if node.kind == "variational":
         whole = node.arm == "brite"

@@ -2,8 +2,9 @@
 
 Each step asks the policy some tasks, several times each; the judge runs the answers' tests while the engine still
 draws; groups whose answers all earned the same are replaced by the next tasks; then the policy is updated. Answers of
-`max_lag` + 1 steps are drawn at once, with the same weights. Checkpoints fall between these draws, and answers and
-verdicts are recorded as they come: whatever a crash left, the same command ends with the same bits.
+`draw_steps` steps are drawn at once, with the same weights; with `draw_ahead` before the steps before them are trained.
+Checkpoints fall between these draws, and answers and verdicts are recorded as they come: whatever a crash left, the
+same command ends with the same bits.
 """
 
 import time
@@ -22,21 +23,21 @@ from ra3_megatron.checkpoint.store import CheckpointStore, SaveEvent
 from ra3_megatron.config.estimate import flops
 from ra3_megatron.data.sampler import SamplerState
 from ra3_megatron.data.tokenizers import load_folder
-from ra3_megatron.parallel.collectives import all_reduce_sum, raise_everywhere
+from ra3_megatron.parallel.collectives import all_reduce_sum, broadcast_object
 from ra3_megatron.parallel.phases import phase
+from ra3_megatron.parallel.split import Side
 from ra3_megatron.report.metrics import MetricsLog
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
-from ra3_megatron.reward.judge import Judge
 from ra3_megatron.rollout.answer_figures import AnswerFigures
 from ra3_megatron.rollout.groups import REFERENCE, AnswerGroup, answer_sequences, flat
 from ra3_megatron.stages.context import Context
-from ra3_megatron.stages.rlvr_answers import AnswerSource
-from ra3_megatron.stages.rlvr_groups import Draw, GroupSource
-from ra3_megatron.stages.rlvr_policy import RlvrPolicy, Updated, seed_of
+from ra3_megatron.stages.rlvr_draws import Ask, Drawer, Drawing, Drawn, OthersDrawing, OwnDrawing, generate
+from ra3_megatron.stages.rlvr_policy import RlvrBasis, RlvrPolicy, Updated
 from ra3_megatron.stages.rlvr_tasks import RlvrTasks
-from ra3_megatron.stages.rlvr_validation import SAMPLES, Validation, sample_record, write_samples
+from ra3_megatron.stages.rlvr_validation import SAMPLES, sample_record, write_samples
 from ra3_megatron.stages.run_folder import StageFolder, new_attempt
+from ra3_megatron.stages.split import Generators, sides
 from ra3_megatron.training.actions import ACTION
 from ra3_megatron.training.optimizer import apply_settings
 
@@ -72,7 +73,7 @@ def run_rlvr(context: Context, stage: StageFolder, inputs: RlvrInputs) -> dict[s
         return context.on_main(f"result of {stage.path.name}", stage.result)
     context.on_main("log folder", lambda: new_attempt(stage) and None)
     context.interrupt.begin(stage.path.name)
-    result = Rlvr(context, stage, inputs).train()
+    result = _trained(context, stage, inputs)
 
     def finish() -> dict[str, Any]:
         records = read_metrics(stage.path / METRICS_FILE)
@@ -89,15 +90,40 @@ def run_rlvr(context: Context, stage: StageFolder, inputs: RlvrInputs) -> dict[s
     return context.on_main("end of RLVR", finish)
 
 
-class Rlvr:
-    """The loop and what it holds."""
+def _trained(context: Context, stage: StageFolder, inputs: RlvrInputs) -> dict[str, Any]:
+    """The result of the loop, on every process: all train and draw, or some only do one of both."""
+    if not context.layout.generating:
+        return Rlvr(context, stage, inputs).train()
+    result = None
+    with sides(context) as (own, side):
+        if side.trains:
+            own.interrupt.begin(stage.path.name)
+            result = Rlvr(own, stage, inputs, side).train()
+        else:
+            generate(_basis(own, inputs), stage, side)
+    return broadcast_object(context.parallel.world, result, "result of RLVR")
 
-    def __init__(self, context: Context, stage: StageFolder, inputs: RlvrInputs) -> None:
+
+def _basis(context: Context, inputs: RlvrInputs) -> RlvrBasis:
+    return RlvrBasis(context, inputs.tasks, load_folder(inputs.hf_folder), inputs.weights)
+
+
+class Rlvr:
+    """The loop and what it holds. `side`: where others draw."""
+
+    def __init__(self, context: Context, stage: StageFolder, inputs: RlvrInputs, side: Side | None = None) -> None:
         self.context, self.parallel, self.stage, self.inputs = context, context.parallel, stage, inputs
-        tokenizer = load_folder(inputs.hf_folder)
-        self.policy = RlvrPolicy(context, inputs.tasks, tokenizer, inputs.weights)
-        self.config, self.r = self.policy.config, context.config.rlvr
-        self.order = self.policy.sampler()
+        self.basis = basis = _basis(context, inputs)
+        self.config, self.r = basis.config, basis.config.rlvr
+        self.policy = RlvrPolicy(basis)
+        self.order, self.settings = basis.sampler(), basis.settings
+        chunks = self.policy.engine.chunks
+        self.drawing: Drawing
+        if side is None:
+            self.drawing = OwnDrawing(Drawer(basis, chunks, stage))
+        else:
+            self.drawing = OthersDrawing(basis, Generators(context, side, chunks))
+        self.drawing_replicas = self.parallel.sizes.data if side is None else side.generating
         self.store = CheckpointStore(
             stage.path / "checkpoints",
             self.config.checkpoint,
@@ -117,7 +143,7 @@ class Rlvr:
         if latest is None:
             self.metrics.truncate_after(-1)
             counts = dict.fromkeys(("lost", "flat", "refilled"), 0)
-            data = {**self.order.state_dict(), "work": dict.fromkeys(WORK, 0), **counts}
+            data = {**self.order.state_dict(), "work": dict.fromkeys(WORK, 0), **counts, "ahead": None}
             return TrainState(stage=self.stage.path.name, data=data, **facts)
         loaded = self.store.load(
             latest, engine.chunks, engine.optimizer, engine.scheduler, data_fingerprint=self.order.state.fingerprint
@@ -132,52 +158,53 @@ class Rlvr:
 
     def train(self) -> dict[str, Any]:
         """Draws, steps, measurements and checkpoints; returns the stage's result."""
-        r, data = self.r, self.stage.path / "data"
+        r = self.r
         with ExitStack() as held:
-            judge = self._judge(held)
-            make = partial(self._source, judge)
-            self.source = held.enter_context(make(data / "answers", "training"))
-            self.groups = GroupSource(self.policy, self.source, self.order)
-            validation = held.enter_context(make(data / "validation", "validation"))
-            seed = seed_of(self.config.run.seed, "validation")
-            tasks = self.inputs.tasks.validation
-            self.validation = Validation(tasks, r.validation_samples, seed, validation, self.parallel)
+            held.enter_context(self.drawing)
             held.enter_context(self.metrics)
             name, main, first = self.stage.path.name, self.parallel.is_main, self.state.step
             progress = held.enter_context(Progress(r.steps, name, main, first))
             if first == 0:
                 self._validate(progress)
-            while self.state.step < r.steps:
-                self._draw_and_learn(progress)
-                self._after_draw(progress)
+            under_way = self._order_drawn_ahead() or self._order(first + 1, self.state.data["consumed"])
+            while under_way:
+                drawn = self.drawing.collect()
+                under_way = r.draw_ahead and self._order(drawn.ask.last + 1, drawn.draw.position)
+                self._learn(drawn, progress)
+                # What older weights drew must be on record before newer ones are saved.
+                self.drawing.settle()
+                self._after_draw(len(drawn.ask.steps), progress)
+                under_way = under_way or self._order(self.state.step + 1, self.state.data["consumed"])
             self._report(self.store.drain(), progress)
         return self._result()
 
-    def _judge(self, held: ExitStack) -> Judge | None:
-        """The judge of this replica, on its first process."""
-        with raise_everywhere(self.parallel.world, "start of the judge"):
-            if self.parallel.group("mp").rank != 0:
-                return None
-            return held.enter_context(Judge(self.config.judge, training=True))
+    def _order(self, first: int, position: int) -> bool:
+        """Have the groups of the steps from `first` on drawn with the weights as they are; whether there are any."""
+        last, version = min(first + self.r.draw_steps - 1, self.r.steps), self.state.step
+        there = first <= last
+        if there:
+            self.drawing.order(Ask(first, last, version, position), version)
+        facts = {"first": first, "last": last, "version": version, "settings": self.settings}
+        ahead = facts if there and self.r.draw_ahead else None
+        self.state = replace(self.state, data={**self.state.data, "ahead": ahead})
+        return there
 
-    def _source(self, judge: Judge | None, folder: Path, purpose: str) -> AnswerSource:
-        policy = self.policy
-        return AnswerSource(
-            policy.engine.chunks,
-            policy.rollouts,
-            self.parallel,
-            policy.tokenizer,
-            policy.sampling,
-            self.r.reward == "fraction",
-            judge,
-            folder,
-            f"{purpose} {policy.settings}",
-        )
+    def _order_drawn_ahead(self) -> bool:
+        """After a resume: have the groups read back that were on their way; whether there are any."""
+        facts = self.state.data.get("ahead")
+        if facts is None or self.state.step == self.r.steps:
+            return False
+        if facts["settings"] != self.settings or facts["last"] > self.r.steps:
+            self.context.say("settings of RLVR were changed: what was drawn ahead is drawn anew, with newer weights")
+            return False
+        ask = Ask(facts["first"], facts["last"], facts["version"], self.state.data["consumed"])
+        self.drawing.order(ask, self.state.step)
+        return True
 
-    def _after_draw(self, progress: Progress) -> None:
+    def _after_draw(self, steps: int, progress: Progress) -> None:
         """Checkpoints, and the wish of somebody outside that the stage saves and leaves."""
         step, interval, last = self.state.step, self.r.checkpoint_interval, self.r.steps
-        due = step == last or step // interval > (step - self._drawn_steps) // interval
+        due = step == last or step // interval > (step - steps) // interval
         if due:
             self._report(self._save(), progress)
         self._report(self.store.poll(), progress)
@@ -187,27 +214,23 @@ class Rlvr:
             self._report(self.store.drain(), progress)
             raise reason
 
-    def _draw_and_learn(self, progress: Progress) -> None:
-        """Judged answers for the coming steps with the weights as they are, then these steps."""
-        version, start = self.state.step, time.monotonic()
-        steps = range(version + 1, min(version + 1 + self.r.max_lag, self.r.steps) + 1)
-        self._drawn_steps = len(steps)
-        self.parallel.mark(f"answers of step {version + 1}")
-        draw = self.groups.draw(version, steps, self.state.data["consumed"])
-        seconds = time.monotonic() - start - draw.judge_seconds
-        data = {**self.state.data, "consumed": draw.position}
+    def _learn(self, drawn: Drawn, progress: Progress) -> None:
+        """The steps that were drawn for."""
+        data = {**self.state.data, "consumed": drawn.draw.position}
         self.state = replace(self.state, rollout_round=self.state.rollout_round + 1, data=data)
-        for step in steps:
-            self._step(step, step - 1 - version, draw, seconds, progress)
-            draw, seconds = replace(draw, tokens=0, forward_passes=0, judge_seconds=0.0, refilled=0), 0.0
+        for step in drawn.ask.steps:
+            self._step(step, drawn, progress)
+            idle = replace(drawn.draw, tokens=0, forward_passes=0, judge_seconds=0.0, refilled=0)
+            drawn = replace(drawn, draw=idle, seconds=0.0, walls=dict.fromkeys(drawn.walls, 0.0))
 
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(self.parallel.group("dp"), values, "figures of the answers")
 
     # ---------------------------------------------------------------- one step
 
-    def _step(self, step: int, lag: int, draw: Draw, drawing: float, progress: Progress) -> None:
+    def _step(self, step: int, drawn: Drawn, progress: Progress) -> None:
         """Update, count, log, measure."""
+        draw, lag = drawn.draw, step - 1 - drawn.ask.version
         start, kept, idle = time.monotonic(), draw.kept[step], draw.flat[step]
         everything = sorted([*kept, *idle], key=lambda g: g.position)
         figures = AnswerFigures.of(everything, flat(everything, self.r), self.r).reduced(self._add_up)
@@ -220,11 +243,10 @@ class Rlvr:
         self._count(updated, summed[:-1], figures, draw.refilled)
         updating = time.monotonic() - start - updated.score_seconds
         walls = {
-            "rollout_seconds": drawing,
-            "judge_seconds": draw.judge_seconds,
+            **drawn.walls,
             "score_seconds": updated.score_seconds,
             "update_seconds": updating,
-            "step_seconds": drawing + draw.judge_seconds + updated.score_seconds + updating,
+            "step_seconds": drawn.seconds + updated.score_seconds + updating,
         }
         self._log(step, lag, updated, round(float(summed[-1])), figures, walls, progress)
         self._show(step, everything)
@@ -287,12 +309,13 @@ class Rlvr:
             samples=self.state.samples,
             lost_answers=data["lost"],
             refilled=data["refilled"],
-            rollout_tokens=data["work"]["rollout_tokens"] / self.parallel.sizes.data,
-            forward_passes=data["work"]["forward_passes"] / self.parallel.sizes.data,
+            rollout_tokens=data["work"]["rollout_tokens"] / self.drawing_replicas,
+            forward_passes=data["work"]["forward_passes"] / self.drawing_replicas,
             **{name: value for result in results for name, value in result.fp8.items()},
             **walls,
         )
-        progress.update(step, pass_rate=values["pass_rate"], seconds=walls["step_seconds"])
+        idle = (walls.get("trainer_idle_seconds"), walls.get("generator_idle_seconds"))
+        progress.update(step, pass_rate=values["pass_rate"], seconds=walls["step_seconds"], idle=idle)
 
     # ---------------------------------------------------------------- measurements, checkpoints, result
 
@@ -300,15 +323,16 @@ class Rlvr:
         """Some groups of some steps, for people."""
         if step not in (1, self.r.steps) and step % -(-self.r.steps // SHOWN_MOMENTS):
             return
-        train, source = self.inputs.tasks.train, self.source
-        records = [sample_record(g, train[g.task], g.rewards(self.r).tolist(), source) for g in groups[:SHOWN_GROUPS]]
+        train, tokenizer = self.inputs.tasks.train, self.basis.tokenizer
+        shown = groups[:SHOWN_GROUPS]
+        records = [sample_record(g, train[g.task], g.rewards(self.r).tolist(), tokenizer) for g in shown]
         write_samples(self.parallel, self.stage.path / "data" / SAMPLES, step, records, SHOWN_GROUPS)
 
     def _validate(self, progress: Progress) -> None:
         """Pass rate of the held-out tasks with the weights as they are, logged at the current step."""
-        if not self.validation.tasks:
+        if not self.inputs.tasks.validation:
             return
-        figures, work = self.validation.measure(self.state.step)
+        figures, work = self.drawing.measure(self.state.step)
         total = {name: value + work.get(name, 0) for name, value in self.state.data["work"].items()}
         self.state = replace(self.state, data={**self.state.data, "work": total})
         self.metrics.log(self.state.step, **figures)
@@ -333,7 +357,7 @@ class Rlvr:
                 "see the message of its save above, make room, and run the same command again"
             )
         work = data["work"]
-        count = partial(flops, self.context.architecture, context=self.policy.longest_row / 2)
+        count = partial(flops, self.context.architecture, context=self.basis.longest_row / 2)
         forward = count(work["rollout_tokens"] + work["scored_tokens"], training=False)
         return {
             "checkpoint": str(last.folder.relative_to(self.context.folder.path)),

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 
 from ra3_megatron.checkpoint.capture import synchronise_parameters
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.data.tokenizers import Tokenizer
 from ra3_megatron.parallel.collectives import broadcast_object, raise_everywhere
 from ra3_megatron.parallel.groups import Parallel
@@ -53,7 +53,7 @@ class Drawn:
 class AnswerSource:
     """Judged answers of one data replica.
 
-    `chunks` are the model in training, `engine` samples from them. The first process of a replica has the `judge` and
+    `chunks` are the model, `engine` samples from them. The first process of a replica has the `judge` and
     keeps the `ledger` (none on the others). All processes of a replica make the same calls.
     """
 
@@ -71,6 +71,7 @@ class AnswerSource:
     ) -> None:
         self._chunks, self._engine, self._parallel = list(chunks), engine, parallel
         self._tokenizer, self._sampling, self._all_tests, self._judge = tokenizer, sampling, all_tests, judge
+        self._folder = folder
         shard = f"{parallel.data_rank:05d}-of-{parallel.sizes.data:05d}"
         with raise_everywhere(parallel.world, "record of answers"):
             self._ledger = AnswerLedger(folder, shard, settings) if parallel.group("mp").rank == 0 else None
@@ -87,11 +88,12 @@ class AnswerSource:
         it: what is recorded, and how many tasks are asked, may differ between replicas."""
         synchronise_parameters(self._chunks)
 
-    def draw(self, version: int, asked: Sequence[Asked], members: int, seed: int) -> Drawn:
-        """`members` judged answers to each task with the weights in training, which have taken `version` steps.
+    def draw(self, version: int, asked: Sequence[Asked], members: int, seed: int, weights: int | None = None) -> Drawn:
+        """`members` judged answers to each task with the weights that have taken `version` steps: those there are.
 
         What the record has of the same draw takes its place. The random numbers are a function of `seed`, position and
-        member.
+        member. `weights`: steps taken by the weights there are, where these may be newer than the ones asked for; the
+        draw must then be on record: raises UserError.
         """
         if not asked:
             return Drawn([], [], DrawCost(version, 0), 0.0)
@@ -100,6 +102,8 @@ class AnswerSource:
         waiting: dict[int, Future[Verdict]] = {}
         found, cost = self._recorded(version, prompts)
         if found is None:
+            with raise_everywhere(self._parallel.group("mp"), "recorded answers"):
+                self._refuse_newer(version, weights)
             with phase("rollout"):
                 found, cost = self._drawn(version, prompts, tasks, seed, waiting)
         start = time.monotonic()
@@ -122,6 +126,14 @@ class AnswerSource:
                 found = [ledger.read(_key(p), version, p) for p in prompts]
                 cost = ledger.cost(prompts[0].number, version)
         return broadcast_object(replica, (found, cost), "recorded answers")
+
+    def _refuse_newer(self, version: int, weights: int | None) -> None:
+        if weights not in (None, version):
+            raise UserError(
+                f"{self._folder} lacks answers that the weights of step {version} gave, and the newest checkpoint is "
+                f"of step {weights}: they cannot be drawn again; restore the file, or delete the checkpoints after "
+                f"step {version}: the run then goes on from an older one, or from its start"
+            )
 
     def _drawn(
         self,
@@ -168,16 +180,8 @@ class AnswerSource:
 
     # ---------------------------------------------------------------- verdicts
 
-    def text(self, answer: Completion) -> str:
-        """What an answer says, up to where it ended."""
-        return self._tokenizer.decode_bytes(answer.ids.tolist())[: answer.text_bytes].decode("utf-8", errors="replace")
-
-    def shown(self, ids: np.ndarray) -> str:
-        """Text of ids, for people."""
-        return self._tokenizer.decode(ids.tolist())
-
     def _submission(self, answer: Completion, task: TrainTask) -> Submission:
-        return task.submission(self.text(answer), self._all_tests)
+        return task.submission(answer_text(self._tokenizer, answer), self._all_tests)
 
     def _judged(
         self, answers: Sequence[Completion], tasks: Sequence[TrainTask], waiting: dict[int, Future[Verdict]]
@@ -203,6 +207,7 @@ class AnswerSource:
         return self._parallel.group("mp").timeout_s * max(1, answers)
 
     def _outcome(self, future: "Future[Verdict]", task: TrainTask) -> Judged:
+        self._parallel.whereabouts.alive()
         seconds = self._parallel.group("mp").timeout_s
         try:
             verdict = future.result(timeout=seconds)
@@ -212,6 +217,11 @@ class AnswerSource:
                 "raise parallel.timeout_s"
             ) from None
         return Judged(verdict.outcome.value, verdict.passed, verdict.total, verdict.message[:MESSAGE])
+
+
+def answer_text(tokenizer: Tokenizer, answer: Completion) -> str:
+    """What an answer says, up to where it ended."""
+    return tokenizer.decode_bytes(answer.ids.tolist())[: answer.text_bytes].decode("utf-8", errors="replace")
 
 
 def _key(prompt: Prompt) -> AnswerKey:

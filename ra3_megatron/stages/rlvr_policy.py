@@ -1,4 +1,4 @@
-"""The policy of RLVR: model in training, rollout engine on it, frozen reference beside it."""
+"""The policy of RLVR: what training and drawing share; the model in training and a frozen reference beside it."""
 
 import hashlib
 import json
@@ -22,7 +22,6 @@ from ra3_megatron.model.factory import LayerChoice, build_model, choose_layers
 from ra3_megatron.parallel.groups import seed_everything
 from ra3_megatron.parallel.phases import phase
 from ra3_megatron.rollout.completion import CompletionSettings
-from ra3_megatron.rollout.factory import build_rollout_engine
 from ra3_megatron.rollout.groups import ANSWERS, answer_batches, with_log_probs
 from ra3_megatron.rollout.scoring import score_labels
 from ra3_megatron.stages.context import Context
@@ -105,53 +104,29 @@ class Updated:
     """Time the forward passes for log-probs of other policies took."""
 
 
-class RlvrPolicy:
-    """What RLVR trains and draws from, on this process. `weights` None: random weights."""
+class RlvrBasis:
+    """What training and drawing have in common, on this process. `weights` None: random weights."""
 
     def __init__(self, context: Context, tasks: RlvrTasks, tokenizer: Tokenizer, weights: Path | None) -> None:
         self.context, self.tasks, self.tokenizer, self.parallel = context, tasks, tokenizer, context.parallel
         self.config = training_config(context.config)
         self.weights = weights
-        r, architecture = self.config.rlvr, context.architecture
-        layers = choose_layers(self.config.model)
-        context.say(f"model: {layers.reason}, {self.config.model.precision}, {self.parallel.device}")
-        self.share = shares_prompts(self.config, layers)
-        components = loss_components(self.config)
-        self.engine = TrainEngine(
-            self.config,
-            architecture,
-            self.parallel,
-            self._model(),
-            components,
-            r.steps * r.minibatches,
-            label_temperature=r.temperature,
-        )
+        r = self.config.rlvr
         # No row is longer than this, and the key-value cache is as long as the longest.
-        self.longest_row = row = tasks.longest_prompt + r.max_tokens
-        self.rollouts = build_rollout_engine(self.config, self.engine.chunks, architecture, self.parallel, row)
-        context.say(self.rollouts.description)
-        self._others: dict[str, Sequence[torch.nn.Module]] = {}
-        if r.correction == "decoupled":
-            self._others["proximal_log_probs"] = self.engine.chunks
-        if r.kl_coefficient:
-            self._others["reference_log_probs"] = self._frozen()
+        self.longest_row = tasks.longest_prompt + r.max_tokens
         self.sampling = CompletionSettings(r.max_tokens, r.temperature, stop=r.stop, stop_ids=tasks.stop_ids)
 
-    def _model(self) -> list:
-        """The starting weights; where they are random, the same at every call."""
+    def blank(self) -> list:
+        """The model with random weights, the same at every call."""
         seed_everything(self.config.run.seed, self.parallel)
-        chunks = build_model(self.context.architecture, self.config.model, self.parallel)
+        return build_model(self.context.architecture, self.config.model, self.parallel)
+
+    def model(self) -> list:
+        """The model with the starting weights."""
+        chunks = self.blank()
         if self.weights is not None:
             load_weights(self.weights, chunks, self.context.architecture, self.parallel)
         return chunks
-
-    def _frozen(self) -> list:
-        chunks = self._model()
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-        return chunks
-
-    # ---------------------------------------------------------------- data and random numbers
 
     @property
     def own_slots(self) -> range:
@@ -172,6 +147,32 @@ class RlvrPolicy:
         train = {k: getattr(self.config.train, k) for k in ("seq_length",)}
         body = [self.tasks.fingerprint, start, self.config.run.seed, train, rlvr, asdict(self.config.optimizer)]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+class RlvrPolicy:
+    """What RLVR trains, on this process."""
+
+    def __init__(self, basis: RlvrBasis) -> None:
+        self.basis, self.context, self.parallel, self.config = basis, basis.context, basis.parallel, basis.config
+        r, architecture = self.config.rlvr, basis.context.architecture
+        layers = choose_layers(self.config.model)
+        basis.context.say(f"model: {layers.reason}, {self.config.model.precision}, {self.parallel.device}")
+        self.share = shares_prompts(self.config, layers)
+        components = loss_components(self.config)
+        self.engine = TrainEngine(
+            self.config,
+            architecture,
+            self.parallel,
+            basis.model(),
+            components,
+            r.steps * r.minibatches,
+            label_temperature=r.temperature,
+        )
+        self._others: dict[str, Sequence[torch.nn.Module]] = {}
+        if r.correction == "decoupled":
+            self._others["proximal_log_probs"] = self.engine.chunks
+        if r.kl_coefficient:
+            self._others["reference_log_probs"] = frozen(basis.model())
 
     # ---------------------------------------------------------------- updates
 
@@ -205,6 +206,13 @@ class RlvrPolicy:
     def _score(self, chunks: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) -> list[torch.Tensor]:
         architecture, temperature = self.context.architecture, self.config.rlvr.temperature
         return score_labels(chunks, architecture, self.parallel, batches, temperature)
+
+
+def frozen(chunks: list) -> list:
+    """The chunks, not to be trained."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    return chunks
 
 
 def _padded(minibatches: Sequence[Sequence[TrainBatch]]) -> int:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from ra3_megatron.config.files import atomic_write_text
+from ra3_megatron.data.tokenizers import Tokenizer
 from ra3_megatron.parallel.collectives import all_reduce_sum, gather_objects
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.groups import AnswerGroup
-from ra3_megatron.stages.rlvr_answers import AnswerSource, Asked
+from ra3_megatron.stages.rlvr_answers import AnswerSource, Asked, answer_text
 from ra3_megatron.stages.rlvr_tasks import TrainTask
 
 SAMPLES = "samples"
@@ -61,15 +62,15 @@ class Validation:
 
 
 def sample_record(
-    group: AnswerGroup, task: TrainTask, rewards: Sequence[float], source: AnswerSource
+    group: AnswerGroup, task: TrainTask, rewards: Sequence[float], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """A group for people: prompt, answers, rewards, verdicts."""
     return {
         "task": task.task.id,
-        "prompt": source.shown(task.ids),
+        "prompt": tokenizer.decode(task.ids.tolist()),
         "answers": [
             {
-                "text": source.text(answer),
+                "text": answer_text(tokenizer, answer),
                 "reward": reward,
                 "outcome": verdict.outcome,
                 "passed": verdict.passed,

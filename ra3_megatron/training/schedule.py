@@ -85,7 +85,7 @@ def run_schedule(
     ]
     schedule = get_forward_backward_func(pp_size=sizes.pipeline, vp_size=sizes.virtual_pipeline)
     return schedule(
-        forward_step_func=partial(_forward_step, loss),
+        forward_step_func=partial(_forward_step, parallel, loss),
         data_iterator=[iter(prepared) for _ in chunks] if len(chunks) > 1 else iter(prepared),
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
@@ -139,8 +139,9 @@ def forward_only(
     return found
 
 
-def _forward_step(loss: MicroBatchLoss, iterator: Iterator[Any], model: torch.nn.Module):
+def _forward_step(parallel: Parallel, loss: MicroBatchLoss, iterator: Iterator[Any], model: torch.nn.Module):
     number, batch, packed, rows = next(iterator)
+    parallel.whereabouts.alive()
     output = model(
         input_ids=batch.input_ids.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(0),

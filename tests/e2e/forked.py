@@ -97,15 +97,24 @@ class ForkServer:
         world: int = 1,
         timeout: float = 120,
         kill_when: tuple[Path, str] | None = None,
+        killed: list[int] | None = None,
         variables: dict[str, str] | None = None,
     ) -> list[Ended]:
-        """`ra3 ARGS` on `world` ranks. `kill_when` = (folder, glob): SIGKILL to all as soon as a path matches.
+        """`ra3 ARGS` on `world` ranks. `kill_when` = (folder, glob): SIGKILL to all, or to the ranks `killed` alone, as
+        soon as a path matches.
 
         `variables` are added to the environment.
         """
         when = None if kill_when is None else [str(kill_when[0]), kill_when[1]]
         return self._job(
-            {"args": args, "world": world, "timeout": timeout, "kill_when": when, "variables": variables or {}}
+            {
+                "args": args,
+                "world": world,
+                "timeout": timeout,
+                "kill_when": when,
+                "killed": killed,
+                "variables": variables or {},
+            }
         )
 
     def call(self, target: str, arguments: dict[str, Any], *, world: int = 1, timeout: float = 120) -> list[Any]:
@@ -193,9 +202,10 @@ def _run(job: dict[str, Any]) -> list[int]:
             if found:
                 codes[pid] = os.waitstatus_to_exitcode(status)
         wanted = job["kill_when"]
-        if time.monotonic() > end or (wanted and next(Path(wanted[0]).glob(wanted[1]), None) is not None):
-            for pid in pids:
-                if pid not in codes:
+        late = time.monotonic() > end
+        if late or (wanted and next(Path(wanted[0]).glob(wanted[1]), None) is not None):
+            for rank, pid in enumerate(pids):
+                if pid not in codes and (late or job.get("killed") is None or rank in job["killed"]):
                     _kill(pid)
         time.sleep(0.003)
     for pid in pids:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ra3_megatron.config.data import _at_least
+from ra3_megatron.config.draws import check_draw_ahead, draw_steps
 from ra3_megatron.config.errors import UserError
 
 ARMS = ("ra3", "ntp", "self_comment", "bolt", "brite")
@@ -105,7 +106,11 @@ class VariationalConfig:
     scorer: Literal["frozen", "current"] = "frozen"
     """Which model scores the expert's lines: the round's starting weights, or the policy in training."""
     max_lag: int = 0
-    """Largest number of updates between a rollout and its use: max_lag + 1 steps' rollouts are drawn at once."""
+    """Largest number of updates between a rollout and its use: max_lag + 1 steps' rollouts are drawn at once, unless
+    `draw_ahead`."""
+    draw_ahead: bool = False
+    """Draw the rollouts of the next (max_lag + 1) / 2 steps, at once, before the steps before them are trained: what
+    replicas that only generate need (`parallel.generation_replicas`). max_lag must be odd."""
     correction: Literal["clip", "truncate"] = "clip"
     """For stale rollouts: clip the ratio current/behaviour as PPO does, or weight with the ratio, truncated."""
     clip_low: float = 0.2
@@ -138,6 +143,7 @@ class VariationalConfig:
         for name in ("warmup_steps", "flat_window", "probe_snippets", "price", "clip_low", "clip_high"):
             _at_least(f"variational.{name}", getattr(self, name), 0)
         _at_least("variational.checkpoint_interval", self.checkpoint_interval, 1)
+        check_draw_ahead("variational", self.max_lag, self.draw_ahead)
         for name in ("discount", "figure_discount"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"variational.{name} = {getattr(self, name)}; it must lie between 0 and 1")
@@ -153,6 +159,11 @@ class VariationalConfig:
                 f"variational.lr = {self.lr} and warmup_steps = {self.warmup_steps}; the rate must be above 0 and the "
                 f"warm-up shorter than the {self.steps} steps"
             )
+
+    @property
+    def draw_steps(self) -> int:
+        """Steps whose rollouts are drawn at once."""
+        return draw_steps(self.max_lag, self.draw_ahead)
 
 
 @dataclass(frozen=True)

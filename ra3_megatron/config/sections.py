@@ -85,8 +85,8 @@ class ParallelConfig:
     data: int | None = None
     """Expected number of replicas; none = world size / (tensor x pipeline x context)."""
     generation_replicas: int = 0
-    """Replicas that only generate while the others train, in the stage `rlvr`, which needs
-    `draw_ahead`: the last ones. 0 = in this stage too every replica does both. Other stages use all."""
+    """Replicas that only generate while the others train, in the stages `variational` and `rlvr`, which need
+    `draw_ahead`: the last ones. 0 = in these stages too every replica does both. Other stages use all."""
     sequence: bool = False
     """Shard norms and dropout along the sequence over the tensor-parallel processes; needs tensor > 1."""
     expert: int = 1

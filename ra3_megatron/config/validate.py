@@ -178,10 +178,6 @@ def _check_generation(config: RunConfig, data: int) -> int:
     stages = {"variational": bool({"ra3", "brite"} & set(config.run.arms)), "rlvr": config.rlvr.steps > 0}
     if not any(stages.values()):
         raise UserError(f"{found}, and no stage of this run would use them (variational, rlvr); set it to 0")
-    if stages["variational"]:
-        raise UserError(
-            f"{found} and the run has an E-step, whose replicas cannot be divided yet; set it to 0, or use ra3 rlvr"
-        )
     for name, there in stages.items():
         if there and not getattr(config, name).draw_ahead:
             raise UserError(

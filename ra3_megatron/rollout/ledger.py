@@ -178,6 +178,18 @@ def _crc_of_ids(expert: Trajectory) -> int:
     return zlib.crc32(np.ascontiguousarray(expert.ids, dtype=np.int32).tobytes())
 
 
+def packed(rollout: Rollout) -> tuple[dict[str, Any], bytes]:
+    """The rollout as plain values and bytes, without the expert's text: what `unpacked` puts together again where the
+    think sets may be numbered in another order."""
+    header, arrays = _pack_rollout(rollout)
+    return header, b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+
+
+def unpacked(header: dict[str, Any], content: bytes, expert: Trajectory) -> Rollout:
+    """Inverse of `packed`, for the `expert` trajectory it was drawn for. Raises UserError for another text."""
+    return _unpack_rollout(header, content, expert, "rollouts of another process")
+
+
 def _pack_rollout(rollout: Rollout) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Header fields and arrays: every field of the rollout but its trajectory, of which the thoughts alone."""
     thoughts = rollout.trajectory.thoughts()

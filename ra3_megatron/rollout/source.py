@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ra3_megatron.checkpoint.capture import synchronise_parameters
+from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.ra3 import LatentConfig
 from ra3_megatron.data.latent import ThinkTokens
 from ra3_megatron.data.trajectory import Trajectory
@@ -71,7 +72,7 @@ class Sampling:
 class RolloutSource:
     """Groups of rollouts for the coming steps of one data replica.
 
-    `chunks` are the model in training, `engine` samples from them. The first process of a replica keeps the `ledger`
+    `chunks` are the model, `engine` samples from them. The first process of a replica keeps the `ledger`
     (none on the others). All processes of a replica make the same calls.
     """
 
@@ -101,11 +102,14 @@ class RolloutSource:
         snippets: Sequence[Snippet],
         experts: Sequence[Trajectory],
         uniforms: Callable[[], Uniforms],
+        weights: int | None = None,
     ) -> tuple[dict[int, list[Member]], Draw]:
-        """Members by step of one draw with the weights in training, and what it cost when it was made.
+        """Members by step of one draw with the weights that have taken `version` steps, and what it cost when it was
+        made.
 
-        `version`: steps these weights have taken; `snippets` in order of (step, slot), with their `experts`; `uniforms`
-        makes the random numbers of the call. The same draw in the ledger takes its place.
+        `snippets` in order of (step, slot), with their `experts`; `uniforms` makes the random numbers of the call. The
+        same draw in the ledger takes its place. `weights`: steps taken by the weights there are, where these may be
+        newer than the ones asked for; the draw must then be in the ledger: raises UserError.
         """
         # Of all replicas, so before each looks into its own record: after a crash one may have the draw, another not.
         synchronise_parameters(self._chunks)
@@ -113,6 +117,8 @@ class RolloutSource:
         numbers = [i for i in range(len(snippets)) for _ in range(self._group_size)]
         found, cost = self._recorded(em_round, version, keys, numbers, experts)
         if found is None:
+            with raise_everywhere(self._parallel.group("mp"), "recorded rollouts"):
+                self._refuse_newer(version, weights)
             found, cost = self._drawn(em_round, version, keys, snippets, experts, uniforms())
         by_step: dict[int, list[Member]] = {s.step: [] for s in snippets}
         for i, one in zip(numbers, found, strict=True):
@@ -139,6 +145,14 @@ class RolloutSource:
                 found = [ledger.read(key, shown[i]) for key, i in zip(keys, numbers, strict=True)]
                 cost = ledger.draw(em_round, version + 1) or nothing
         return broadcast_object(replica, (found, cost), "recorded rollouts")
+
+    def _refuse_newer(self, version: int, weights: int | None) -> None:
+        if weights not in (None, version) and self._ledger is not None:
+            raise UserError(
+                f"{self._ledger.folder} lacks rollouts that the weights of step {version} gave, and the newest "
+                f"checkpoint is of step {weights}: they cannot be drawn again; restore the file, or delete the "
+                f"checkpoints after step {version}: the run then goes on from an older one, or from its start"
+            )
 
     def _drawn(
         self,

@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ra3_megatron.checkpoint.capture import synchronise_parameters
 from ra3_megatron.parallel.collectives import all_reduce_sum, gather_objects
 from ra3_megatron.rollout.experience import Experience, make_experience
 from ra3_megatron.rollout.figures import ClusteredMean, clustered_mean
 from ra3_megatron.rollout.rationales import rationale_record, write_rationales
 from ra3_megatron.stages.policy import Policy
-
-_SELECTION = 20250926
-"""Seed of the choice of snippets: the same in every round and arm."""
+from ra3_megatron.stages.variational_draws import Drawing, Work
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,8 @@ class ProbeOutcome:
 class Probe:
     """Held-out snippets (of the training part where there are none), rolled out by the policy, written for people."""
 
-    def __init__(self, policy: Policy, folder: Path) -> None:
-        self.policy, self.folder = policy, folder
-        corpus, wanted = policy.corpus, policy.config.variational.probe_snippets
-        self.store = corpus.validation if len(corpus.validation) else corpus.train
-        order = np.random.default_rng(_SELECTION).permutation(len(self.store))
-        self.ids = sorted(order[:wanted].tolist())
-        sizes = policy.parallel.sizes
-        self.mine = np.array_split(np.arange(len(self.ids)), sizes.data)[policy.parallel.data_rank].tolist()
+    def __init__(self, policy: Policy, work: Work, drawing: Drawing, folder: Path) -> None:
+        self.policy, self.drawing, self.folder, self.ids = policy, drawing, folder, work.probe_ids
 
     def measure(self, when: str, step: int, before: Mapping[str, Any] | None) -> ProbeOutcome | None:
         """Roll out and score with the weights after `step` steps, write `data/rationales-<when>.jsonl`.
@@ -54,10 +45,10 @@ class Probe:
         if not self.ids:
             return None
         policy, parallel = self.policy, self.policy.parallel
-        counters, scorer = policy.rollouts.counters, policy.scorer.counters
-        start = (counters.tokens, counters.forward_passes, scorer.tokens)
-        experience = self._roll_out(step)
-        work = [a - b for a, b in zip((counters.tokens, counters.forward_passes, scorer.tokens), start, strict=True)]
+        scored_before = policy.scorer.counters.tokens
+        probed = self.drawing.probe(step)
+        experience = make_experience(policy.score(probed.members), policy.basis.rewards)
+        work = [probed.tokens, probed.forward_passes, policy.scorer.counters.tokens - scored_before]
         totals, counts = np.zeros(len(self.ids)), np.zeros(len(self.ids))
         table = experience.table
         for i, scored in enumerate(experience.scored):
@@ -71,18 +62,8 @@ class Probe:
         names = ("rollout_tokens", "forward_passes", "scored_tokens")
         return self._outcome(facts, before, {k: round(v) for k, v in zip(names, every[2 * n :], strict=True)})
 
-    def _roll_out(self, step: int) -> Experience:
-        policy = self.policy
-        experts = [self.store[self.ids[slot]] for slot in self.mine]
-        synchronise_parameters(policy.engine.chunks)
-        policy.rollouts.weights_version = step
-        uniforms = policy.uniforms("probe", [self.ids[slot] for slot in self.mine])
-        drawn = policy.sampling.draw(policy.rollouts, experts, policy.config.variational.group_size, uniforms)
-        members = [policy.sampling.member(self.mine[r.number], experts[r.number], r) for r in drawn]
-        return make_experience(policy.score(members), policy.rewards)
-
     def _write(self, when: str, experience: Experience) -> None:
-        think_tokens = self.policy.think_tokens
+        think_tokens = self.policy.basis.think_tokens
         records = [
             rationale_record(
                 s.rollout,

@@ -31,13 +31,14 @@ from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
 from ra3_megatron.rollout.answer_figures import AnswerFigures
 from ra3_megatron.rollout.groups import REFERENCE, AnswerGroup, answer_sequences, flat
+from ra3_megatron.stages.ahead import next_block, note, noted
 from ra3_megatron.stages.context import Context
-from ra3_megatron.stages.rlvr_draws import Ask, Drawer, Drawing, Drawn, OthersDrawing, OwnDrawing, generate
+from ra3_megatron.stages.rlvr_draws import Ask, Drawn, generate, make_drawing
 from ra3_megatron.stages.rlvr_policy import RlvrBasis, RlvrPolicy, Updated
 from ra3_megatron.stages.rlvr_tasks import RlvrTasks
 from ra3_megatron.stages.rlvr_validation import SAMPLES, sample_record, write_samples
 from ra3_megatron.stages.run_folder import StageFolder, new_attempt
-from ra3_megatron.stages.split import Generators, sides
+from ra3_megatron.stages.split import idle_of, sides
 from ra3_megatron.training.actions import ACTION
 from ra3_megatron.training.optimizer import apply_settings
 
@@ -117,12 +118,7 @@ class Rlvr:
         self.config, self.r = basis.config, basis.config.rlvr
         self.policy = RlvrPolicy(basis)
         self.order, self.settings = basis.sampler(), basis.settings
-        chunks = self.policy.engine.chunks
-        self.drawing: Drawing
-        if side is None:
-            self.drawing = OwnDrawing(Drawer(basis, chunks, stage))
-        else:
-            self.drawing = OthersDrawing(basis, Generators(context, side, chunks))
+        self.drawing = make_drawing(basis, self.policy.engine.chunks, stage, side)
         self.drawing_replicas = self.parallel.sizes.data if side is None else side.generating
         self.store = CheckpointStore(
             stage.path / "checkpoints",
@@ -169,37 +165,30 @@ class Rlvr:
             under_way = self._order_drawn_ahead() or self._order(first + 1, self.state.data["consumed"])
             while under_way:
                 drawn = self.drawing.collect()
-                under_way = r.draw_ahead and self._order(drawn.ask.last + 1, drawn.draw.position)
+                under_way = r.draw_ahead and self._order(drawn.ask.block.last + 1, drawn.draw.position)
                 self._learn(drawn, progress)
                 # What older weights drew must be on record before newer ones are saved.
                 self.drawing.settle()
-                self._after_draw(len(drawn.ask.steps), progress)
+                self._after_draw(len(drawn.ask.block.steps), progress)
                 under_way = under_way or self._order(self.state.step + 1, self.state.data["consumed"])
             self._report(self.store.drain(), progress)
         return self._result()
 
     def _order(self, first: int, position: int) -> bool:
         """Have the groups of the steps from `first` on drawn with the weights as they are; whether there are any."""
-        last, version = min(first + self.r.draw_steps - 1, self.r.steps), self.state.step
-        there = first <= last
-        if there:
-            self.drawing.order(Ask(first, last, version, position), version)
-        facts = {"first": first, "last": last, "version": version, "settings": self.settings}
-        ahead = facts if there and self.r.draw_ahead else None
+        block = next_block(first, self.r.draw_steps, self.r.steps, self.state.step)
+        if block is not None:
+            self.drawing.order(Ask(block, position), self.state.step)
+        ahead = note(block, self.settings) if self.r.draw_ahead else None
         self.state = replace(self.state, data={**self.state.data, "ahead": ahead})
-        return there
+        return block is not None
 
     def _order_drawn_ahead(self) -> bool:
         """After a resume: have the groups read back that were on their way; whether there are any."""
-        facts = self.state.data.get("ahead")
-        if facts is None or self.state.step == self.r.steps:
-            return False
-        if facts["settings"] != self.settings or facts["last"] > self.r.steps:
-            self.context.say("settings of RLVR were changed: what was drawn ahead is drawn anew, with newer weights")
-            return False
-        ask = Ask(facts["first"], facts["last"], facts["version"], self.state.data["consumed"])
-        self.drawing.order(ask, self.state.step)
-        return True
+        block = noted(self.state.data.get("ahead"), self.settings, self.r.steps, self.context.say)
+        if block is not None:
+            self.drawing.order(Ask(block, self.state.data["consumed"]), self.state.step)
+        return block is not None
 
     def _after_draw(self, steps: int, progress: Progress) -> None:
         """Checkpoints, and the wish of somebody outside that the stage saves and leaves."""
@@ -218,7 +207,7 @@ class Rlvr:
         """The steps that were drawn for."""
         data = {**self.state.data, "consumed": drawn.draw.position}
         self.state = replace(self.state, rollout_round=self.state.rollout_round + 1, data=data)
-        for step in drawn.ask.steps:
+        for step in drawn.ask.block.steps:
             self._step(step, drawn, progress)
             idle = replace(drawn.draw, tokens=0, forward_passes=0, judge_seconds=0.0, refilled=0)
             drawn = replace(drawn, draw=idle, seconds=0.0, walls=dict.fromkeys(drawn.walls, 0.0))
@@ -230,7 +219,7 @@ class Rlvr:
 
     def _step(self, step: int, drawn: Drawn, progress: Progress) -> None:
         """Update, count, log, measure."""
-        draw, lag = drawn.draw, step - 1 - drawn.ask.version
+        draw, lag = drawn.draw, step - 1 - drawn.ask.block.version
         start, kept, idle = time.monotonic(), draw.kept[step], draw.flat[step]
         everything = sorted([*kept, *idle], key=lambda g: g.position)
         figures = AnswerFigures.of(everything, flat(everything, self.r), self.r).reduced(self._add_up)
@@ -314,8 +303,8 @@ class Rlvr:
             **{name: value for result in results for name, value in result.fp8.items()},
             **walls,
         )
-        idle = (walls.get("trainer_idle_seconds"), walls.get("generator_idle_seconds"))
-        progress.update(step, pass_rate=values["pass_rate"], seconds=walls["step_seconds"], idle=idle)
+        seconds = walls["step_seconds"]
+        progress.update(step, pass_rate=values["pass_rate"], seconds=seconds, idle=idle_of(walls))
 
     # ---------------------------------------------------------------- measurements, checkpoints, result
 

@@ -17,9 +17,11 @@ from ra3_megatron.parallel.collectives import raise_everywhere
 from ra3_megatron.parallel.split import Side
 from ra3_megatron.reward.judge import Judge
 from ra3_megatron.rollout.factory import build_rollout_engine
+from ra3_megatron.stages.ahead import Block
+from ra3_megatron.stages.policy import frozen
 from ra3_megatron.stages.rlvr_answers import AnswerSource
 from ra3_megatron.stages.rlvr_groups import Draw, GroupSource, joined
-from ra3_megatron.stages.rlvr_policy import RlvrBasis, frozen, seed_of
+from ra3_megatron.stages.rlvr_policy import RlvrBasis, seed_of
 from ra3_megatron.stages.rlvr_validation import Validation
 from ra3_megatron.stages.run_folder import StageFolder
 from ra3_megatron.stages.split import Generators, serve
@@ -30,19 +32,12 @@ Measured = tuple[dict[str, float], dict[str, int]]
 
 @dataclass(frozen=True)
 class Ask:
-    """A draw: answers for steps `first` to `last`."""
+    """A draw of answers."""
 
-    first: int
-    last: int
-    version: int
-    """Steps taken by the weights that draw."""
+    block: Block
+    """For which steps, with which weights."""
     position: int
     """Place in the order of the tasks from which on they are asked."""
-
-    @property
-    def steps(self) -> range:
-        """All of them."""
-        return range(self.first, self.last + 1)
 
 
 @dataclass(frozen=True)
@@ -137,8 +132,8 @@ class Drawer:
 
     def draw(self, ask: Ask, weights: int) -> Draw:
         """This replica's groups."""
-        self.parallel.mark(f"answers of step {ask.first}")
-        return self._groups.draw(ask.version, ask.steps, ask.position, weights)
+        self.parallel.mark(f"answers of step {ask.block.first}")
+        return self._groups.draw(ask.block.version, ask.block.steps, ask.position, weights)
 
     def measure(self, step: int) -> Measured:
         """Figures over all replicas of this world."""
@@ -212,7 +207,7 @@ class OthersDrawing:
             return
         ask, self._ordered, parallel = self._ordered, None, self._basis.parallel
         select = partial(joined, own=self._basis.own_slots, first=parallel.data_rank == 0)
-        found = self._generators.collect(f"answers of step {ask.first}", select)
+        found = self._generators.collect(f"answers of step {ask.block.first}", select)
         walls = {
             "rollout_seconds": found.seconds - found.results.judge_seconds,
             "judge_seconds": found.results.judge_seconds,
@@ -225,17 +220,21 @@ class OthersDrawing:
         self.settle()
         drawn, self._there = self._there, None
         assert drawn is not None, "nothing was ordered"
-        generators = self._generators
-        idle, transfer = generators.idle_seconds, generators.transfer_seconds
-        generators.idle_seconds = generators.transfer_seconds = 0.0
-        walls = {**drawn.walls, "trainer_idle_seconds": idle, "transfer_seconds": transfer}
-        return replace(drawn, seconds=idle + transfer, walls=walls)
+        walls = {**drawn.walls, **self._generators.waited()}
+        return replace(drawn, seconds=walls["trainer_idle_seconds"] + walls["transfer_seconds"], walls=walls)
 
     def measure(self, step: int) -> Measured:
         """See `Drawing.measure`."""
         self.settle()
         self._generators.order(Measure(step), step)
         return self._generators.collect(f"held-out tasks at step {step}", lambda results: results[0]).results
+
+
+def make_drawing(basis: RlvrBasis, chunks: list[torch.nn.Module], stage: StageFolder, side: Side | None) -> Drawing:
+    """From `chunks`, which are in training, or by others where the world is in two sides."""
+    if side is None:
+        return OwnDrawing(Drawer(basis, chunks, stage))
+    return OthersDrawing(basis, Generators(basis.context, side, chunks))
 
 
 def generate(basis: RlvrBasis, stage: StageFolder, side: Side) -> None:

@@ -25,6 +25,7 @@ from ra3_megatron.rollout.completion import CompletionSettings
 from ra3_megatron.rollout.groups import ANSWERS, answer_batches, with_log_probs
 from ra3_megatron.rollout.scoring import score_labels
 from ra3_megatron.stages.context import Context
+from ra3_megatron.stages.policy import frozen
 from ra3_megatron.stages.rlvr_tasks import RlvrTasks
 from ra3_megatron.training.actions import ACTION
 from ra3_megatron.training.components import (
@@ -206,13 +207,6 @@ class RlvrPolicy:
     def _score(self, chunks: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) -> list[torch.Tensor]:
         architecture, temperature = self.context.architecture, self.config.rlvr.temperature
         return score_labels(chunks, architecture, self.parallel, batches, temperature)
-
-
-def frozen(chunks: list) -> list:
-    """The chunks, not to be trained."""
-    for chunk in chunks:
-        chunk.requires_grad_(False)
-    return chunks
 
 
 def _padded(minibatches: Sequence[Sequence[TrainBatch]]) -> int:

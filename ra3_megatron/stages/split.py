@@ -5,7 +5,7 @@ So which weights draw what is decided by those that train alone, and is the same
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,14 +78,13 @@ class Generators:
         # The first meeting: loading a model may take one side longer.
         self._hear("models of both sides")
         self._transfer = WeightTransfer(chunks, side.parallel, side.part)
-        self.transfer_seconds, self.idle_seconds = 0.0, 0.0
-        """Since they were last set to 0."""
+        self._transfer_seconds, self._idle_seconds = 0.0, 0.0
 
     def order(self, task: Any, version: int) -> None:
         """Have `task` done with the weights in training, which have taken `version` steps; `collect` what it gives."""
         if version != self._version:
             self._say(Order("weights", version))
-            self.transfer_seconds += self._transfer.exchange(version)
+            self._transfer_seconds += self._transfer.exchange(version)
             self._version = version
         self._say(Order("work", version, task))
 
@@ -94,13 +93,20 @@ class Generators:
         replica needs of them; only that reaches all its processes."""
         side, start = self._side, time.monotonic()
         self._hear(what)
-        self.idle_seconds += time.monotonic() - start
+        self._idle_seconds += time.monotonic() - start
         found = None
         if side.leaders is not None:
             delivered = gather_objects(side.leaders, None, what)[side.training :]
             idle = sum(d.idle_seconds for d in delivered) / len(delivered)
             found = Collected(select([d.result for d in delivered]), max(d.seconds for d in delivered), idle)
         return broadcast_object(self._parallel.group("mp"), found, what)
+
+    def waited(self) -> dict[str, float]:
+        """Seconds since the last call that this process waited and that transfers took, by their names in the metrics'
+        schema."""
+        waited = {"trainer_idle_seconds": self._idle_seconds, "transfer_seconds": self._transfer_seconds}
+        self._idle_seconds = self._transfer_seconds = 0.0
+        return waited
 
     def end(self, reason: Interrupted | None = None) -> None:
         """Send them home."""
@@ -112,6 +118,11 @@ class Generators:
 
     def _hear(self, what: str) -> None:
         hear(self._side, what, self._silence)
+
+
+def idle_of(walls: Mapping[str, float]) -> tuple[float | None, float | None]:
+    """Seconds that either side waited, out of a step's clock readings; none where every replica does both."""
+    return walls.get("trainer_idle_seconds"), walls.get("generator_idle_seconds")
 
 
 def hear(side: Side, what: str, silence_s: float) -> None:

@@ -1,9 +1,10 @@
 """The E-step: reinforcement learning of q, the policy that thinks (paper Eq. 4.1).
 
 Each step takes a few snippets; q thinks between their lines, several times each; a scorer says how likely the expert's
-lines became, and one optimizer step makes thoughts that helped more likely. Rollouts of `max_lag` + 1 steps are drawn
-at once, with the same weights. Checkpoints fall between these draws: whatever a crash left of the rollouts' record,
-those that are missing can be drawn again with the weights of the checkpoint.
+lines became, and one optimizer step makes thoughts that helped more likely. Rollouts of `draw_steps` steps are drawn at
+once, with the same weights; with `draw_ahead` before the steps before them are trained. Checkpoints fall between these
+draws: rollouts missing in the record after a crash are drawn again with the weights of the checkpoint; what is drawn
+ahead is on record before it is written.
 """
 
 import time
@@ -21,20 +22,22 @@ from ra3_megatron.config.estimate import flops
 from ra3_megatron.data.batch import TrainBatch, collate
 from ra3_megatron.data.prepare import PreparedCorpus
 from ra3_megatron.data.sampler import SamplerState
-from ra3_megatron.parallel.collectives import all_reduce_max, all_reduce_sum
+from ra3_megatron.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_object
 from ra3_megatron.parallel.phases import phase
+from ra3_megatron.parallel.split import Side
 from ra3_megatron.report.metrics import MetricsLog
 from ra3_megatron.report.progress import Progress
 from ra3_megatron.report.schema import METRICS_FILE, WALL, read_metrics
 from ra3_megatron.rollout.experience import Experience, Member, make_experience, whole_programs
 from ra3_megatron.rollout.figures import BatchFigures, batch_figures, is_flat
-from ra3_megatron.rollout.ledger import Draw
-from ra3_megatron.rollout.source import Snippet, snippets_of
 from ra3_megatron.rollout.update import EXTRAS, update_batches, update_sequences
+from ra3_megatron.stages.ahead import Block, next_block, note, noted
 from ra3_megatron.stages.context import Context
-from ra3_megatron.stages.policy import Policy
+from ra3_megatron.stages.policy import Basis, Policy
 from ra3_megatron.stages.probe import Probe
 from ra3_megatron.stages.run_folder import StageFolder, new_attempt
+from ra3_megatron.stages.split import idle_of, sides
+from ra3_megatron.stages.variational_draws import Drawn, Work, generate, make_drawing
 from ra3_megatron.training.actions import ACTION
 from ra3_megatron.training.engine import StepResult
 from ra3_megatron.training.optimizer import apply_settings
@@ -42,6 +45,9 @@ from ra3_megatron.training.optimizer import apply_settings
 WORK = ("rollout_tokens", "forward_passes", "scored_tokens", "trained_tokens", "sequence_tokens")
 """What is counted over all replicas: tokens fed by rollouts, their forward passes, tokens scored and trained on with
 padding, tokens trained on without."""
+
+ROLLOUTS = Path("data", "rollouts")
+"""The record of rollouts, in the stage's folder."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def run_variational(context: Context, stage: StageFolder, inputs: VariationalInp
     if stage.done:
         return context.on_main(f"result of {stage.path.name}", stage.result)
     context.on_main("log folder", lambda: new_attempt(stage) and None)
-    result = EStep(context, stage, inputs).train()
+    result = _trained(context, stage, inputs)
 
     def finish() -> dict[str, Any]:
         records = read_metrics(stage.path / METRICS_FILE)
@@ -82,15 +88,39 @@ def run_variational(context: Context, stage: StageFolder, inputs: VariationalInp
     return context.on_main("end of the E-step", finish)
 
 
-class EStep:
-    """The loop and what it holds."""
+def _trained(context: Context, stage: StageFolder, inputs: VariationalInputs) -> dict[str, Any]:
+    """The result of the loop, on every process: all train and draw, or some only do one of both."""
+    if not context.layout.generating:
+        return EStep(context, stage, inputs).train()
+    result = None
+    with sides(context) as (own, side):
+        if side.trains:
+            own.interrupt.begin(stage.path.name)
+            result = EStep(own, stage, inputs, side).train()
+        else:
+            generate(_work(own, inputs), stage.path / ROLLOUTS, side)
+    return broadcast_object(context.parallel.world, result, "result of the E-step")
 
-    def __init__(self, context: Context, stage: StageFolder, inputs: VariationalInputs) -> None:
+
+def _work(context: Context, inputs: VariationalInputs) -> Work:
+    return Work(Basis(context, inputs.corpus, inputs.weights, inputs.whole_block), inputs.round)
+
+
+class EStep:
+    """The loop and what it holds. `side`: where others draw."""
+
+    def __init__(
+        self, context: Context, stage: StageFolder, inputs: VariationalInputs, side: Side | None = None
+    ) -> None:
+        work = _work(context, inputs)
+        basis = work.basis
         self.context, self.parallel, self.stage, self.inputs = context, context.parallel, stage, inputs
-        self.policy = Policy(context, inputs.corpus, inputs.weights, inputs.whole_block)
-        self.config, self.v = self.policy.config, context.config.variational
-        self.snippets = self.policy.sampler(inputs.round)
-        self.probe = Probe(self.policy, stage.path)
+        self.policy, self.basis = Policy(basis), basis
+        self.config, self.v = basis.config, basis.config.variational
+        self.snippets, self.settings = work.snippets, basis.settings(inputs.round)
+        self.drawing = make_drawing(work, self.policy.engine.chunks, stage.path / ROLLOUTS, side)
+        self.drawing_replicas = self.parallel.sizes.data if side is None else side.generating
+        self.probe = Probe(self.policy, work, self.drawing, stage.path)
         self.store = CheckpointStore(
             stage.path / "checkpoints",
             self.config.checkpoint,
@@ -101,7 +131,6 @@ class EStep:
         self.metrics = MetricsLog(stage.path, self.config.report, self.parallel.is_main)
         self.state = self._start_state()
         self.history = self._history()
-        self.source = self.policy.source(stage.path / "data" / "rollouts", inputs.round, inputs.weights)
         self.skipped_in_a_row = 0
 
     # ---------------------------------------------------------------- where to go on
@@ -114,6 +143,7 @@ class EStep:
         if latest is None:
             self.metrics.truncate_after(-1)
             data = {**self.snippets.state_dict(), "work": dict.fromkeys(WORK, 0), "broken": 0, "ended": False}
+            data["ahead"] = None
             return TrainState(stage=self.stage.path.name, em_round=self.inputs.round - 1, data=data, **facts)
         loaded = self.store.load(
             latest, engine.chunks, engine.optimizer, engine.scheduler, data_fingerprint=self.snippets.state.fingerprint
@@ -151,66 +181,73 @@ class EStep:
     def train(self) -> dict[str, Any]:
         """Draws, steps, checkpoints and the probe at both ends; returns the stage's result."""
         with (
+            self.drawing,
             self.metrics,
-            self.source,
             Progress(self.v.steps, self.stage.path.name, self.parallel.is_main, self.state.step) as progress,
         ):
             if self.state.step == 0:
                 self._probe("before", progress)
-            while not self.finished:
-                before = self.state.step
-                self._draw_and_learn(progress)
-                interval = self.v.checkpoint_interval
-                saved = not self.finished and self.state.step // interval > before // interval
-                if saved:
-                    self._report(self._save(), progress)
-                self._report(self.store.poll(), progress)
-                if not self.finished and (reason := self.context.interrupt.requested(self.state.step)):
-                    self._report(None if saved else self._save(), progress)
-                    self._report(self.store.drain(), progress)
-                    raise reason
+            under_way = not self.finished and (self._order_drawn_ahead() or self._order(self.state.step + 1))
+            while under_way:
+                drawn = self.drawing.collect()
+                under_way = self.v.draw_ahead and self._order(drawn.block.last + 1)
+                self._learn(drawn, progress)
+                # What older weights drew must be on record before newer ones are saved.
+                self.drawing.settle()
+                self._after_draw(drawn.block, progress)
+                under_way = not self.finished and (under_way or self._order(self.state.step + 1))
             if not self.state.data["ended"]:
                 self._probe("after", progress)
-                self.state = replace(self.state, data={**self.state.data, "ended": True})
+                self.state = replace(self.state, data={**self.state.data, "ended": True, "ahead": None})
                 self._report(self._save(), progress)
             self._report(self.store.drain(), progress)
         return self._result()
 
-    def _draw_and_learn(self, progress: Progress) -> None:
-        """Rollouts for the coming steps with the weights as they are, then these steps."""
-        version, start = self.state.step, time.monotonic()
-        steps = range(version + 1, min(version + 1 + self.v.max_lag, self.v.steps) + 1)
-        own = self.policy.own_slots
-        snippets = list(snippets_of(steps, own, self._numbers))
-        self.parallel.mark(f"rollouts of step {version + 1}")
-        with phase("rollout"):
-            by_step, cost = self._draw(version, snippets)
-        seconds = time.monotonic() - start
+    def _order(self, first: int) -> bool:
+        """Have the rollouts of the steps from `first` on drawn with the weights as they are; whether there are any."""
+        block = next_block(first, self.v.draw_steps, self.v.steps, self.state.step)
+        if block is not None:
+            self.drawing.order(block, self.state.step)
+        ahead = note(block, self.settings) if self.v.draw_ahead else None
+        self.state = replace(self.state, data={**self.state.data, "ahead": ahead})
+        return block is not None
+
+    def _order_drawn_ahead(self) -> bool:
+        """After a resume: have the rollouts read back that were on their way; whether there are any."""
+        block = noted(self.state.data.get("ahead"), self.settings, self.v.steps, self.context.say)
+        if block is not None:
+            self.drawing.order(block, self.state.step)
+        return block is not None
+
+    def _after_draw(self, block: Block, progress: Progress) -> None:
+        """Checkpoints, and the wish of somebody outside that the stage saves and leaves."""
+        interval, step = self.v.checkpoint_interval, self.state.step
+        saved = not self.finished and step // interval > (block.first - 1) // interval
+        if saved:
+            self._report(self._save(), progress)
+        self._report(self.store.poll(), progress)
+        if not self.finished and (reason := self.context.interrupt.requested(step)):
+            self._report(None if saved else self._save(), progress)
+            self._report(self.store.drain(), progress)
+            raise reason
+
+    def _learn(self, drawn: Drawn, progress: Progress) -> None:
+        """The steps that were drawn for."""
         self.state = replace(self.state, rollout_round=self.state.rollout_round + 1)
-        for step in steps:
-            self._step(step, by_step[step], cost, seconds, progress)
+        for step in drawn.block.steps:
+            self._step(step, drawn, progress)
             if self.finished:
                 return
-            cost, seconds = replace(cost, forward_passes=0, tokens=0), 0.0
+            cost = replace(drawn.cost, forward_passes=0, tokens=0)
+            drawn = replace(drawn, cost=cost, seconds=0.0, walls=dict.fromkeys(drawn.walls, 0.0))
 
-    def _numbers(self, step: int) -> Any:
-        """Snippets of a step over all replicas, int64 [snippets_per_step]."""
-        count = self.v.snippets_per_step
-        return self.snippets.windows((step - 1) * count, count)
-
-    def _draw(self, version: int, snippets: Sequence[Snippet]) -> tuple[dict[int, list[Member]], Draw]:
-        experts = [self.inputs.corpus.train[s.number] for s in snippets]
-        places = [s.step * self.v.snippets_per_step + s.slot for s in snippets]
-        uniforms = partial(self.policy.uniforms, f"round {self.inputs.round}", places)
-        return self.source.draw(self.inputs.round, version, snippets, experts, uniforms)
-
-    def _step(self, step: int, members: Sequence[Member], cost: Draw, drawing: float, progress: Progress) -> None:
+    def _step(self, step: int, drawn: Drawn, progress: Progress) -> None:
         """Score, update, count, log."""
-        start = time.monotonic()
+        start, cost = time.monotonic(), drawn.cost
         scored_before = self.policy.scorer.counters.tokens
         with phase("score"):
-            experience = self.experience(members)
-            figures = batch_figures(experience, self.policy.least_gain).reduced(self._add_up)
+            experience = self.experience(drawn.by_step[step])
+            figures = batch_figures(experience, self.basis.least_gain).reduced(self._add_up)
         scored = time.monotonic()
         with phase("data"):
             batches, tokens = self.batches(experience)
@@ -226,27 +263,27 @@ class EStep:
         )
         self._count(result, self._add_up(torch.tensor(work, dtype=torch.float64)), figures)
         walls = {
-            "rollout_seconds": drawing,
+            **drawn.walls,
             "score_seconds": scored - start,
             "update_seconds": updated - scored,
-            "step_seconds": drawing + updated - start,
+            "step_seconds": drawn.seconds + updated - start,
         }
-        self._log(step, result, figures, step - 1 - cost.weights_version, walls, progress)
+        self._log(step, result, figures, step - 1 - drawn.block.version, walls, progress)
 
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(self.parallel.group("dp"), values, "figures of the rollouts")
 
     def experience(self, members: Sequence[Member]) -> Experience:
         """Rewards and advantages of this replica's rollouts of a step; broken programs are left out."""
-        kept, broken, alone = whole_programs(members, self.policy.think_tokens)
-        return make_experience(self.policy.score(kept), self.policy.rewards, broken, alone)
+        kept, broken, alone = whole_programs(members, self.basis.think_tokens)
+        return make_experience(self.policy.score(kept), self.basis.rewards, broken, alone)
 
     def batches(self, experience: Experience) -> tuple[list[TrainBatch], int]:
         """Micro-batches of an update, equally many on every replica, and their tokens without padding."""
         t, multiple = self.config.train, self.context.layout.sequence_multiple
         drawn = [s.drawn or s.rollout for s in experience.scored]
         advantages = [experience.advantages_of(i) for i in range(len(drawn))]
-        sequences = update_sequences(drawn, advantages, self.policy.think_tokens)
+        sequences = update_sequences(drawn, advantages, self.basis.think_tokens)
         sequences = [s for s in sequences if s.weights[ACTION].any()]
         batches = update_batches(sequences, t, self.parallel)
         # Gradients are reduced after the last micro-batch: replicas that count differently would wait for one another.
@@ -290,7 +327,7 @@ class EStep:
         values = figures.metrics(self.v.figure_discount)
         self.history.append((values["reward_over_bare"], values["reward_over_bare_error"]))
         actions = result.weights["policy_gradient"]
-        work, replicas = self.state.data["work"], self.parallel.sizes.data
+        work, replicas = self.state.data["work"], self.drawing_replicas
         gap = {"rollout_gap": result.monitors["rollout_gap"]} if lag == 0 else {}
         self.metrics.log(
             step,
@@ -311,7 +348,8 @@ class EStep:
             **result.fp8,
             **walls,
         )
-        progress.update(step, reward=values["reward"], think_rate=values["think_rate"], seconds=walls["step_seconds"])
+        shown = {name: values[name] for name in ("reward", "think_rate")}
+        progress.update(step, **shown, seconds=walls["step_seconds"], idle=idle_of(walls))
 
     # ---------------------------------------------------------------- probe, checkpoints, result
 

@@ -52,7 +52,7 @@ def tensors(stage: Path) -> dict[str, torch.Tensor]:
 def assert_same_run(stage: Path, whole: Path) -> None:
     """To the bit: weights and moments, curve, record of rollouts, rationales, result."""
     assert result(stage) == result(whole)
-    assert curve(stage / "metrics.jsonl") == curve(whole / "metrics.jsonl")
+    assert repr(curve(stage / "metrics.jsonl")) == repr(curve(whole / "metrics.jsonl"))  # where nan is nan
     for name in ("rollouts/00000-of-00001.rollouts", "rationales-before.jsonl", "rationales-after.jsonl"):
         assert (stage / "data" / name).read_bytes() == (whole / "data" / name).read_bytes(), name
     a, b = tensors(stage), tensors(whole)
@@ -121,10 +121,11 @@ def without_sampling(start: str, run: str) -> None:
     config = thinking.make_config(Path(start), run, **LAGGING)
     with initialize(config.parallel) as parallel:
         step = thinking.open_e_step(Path(start), run, parallel, **LAGGING)
-        step.policy.rollouts.max_tokens = 1  # any row that is opened is refused
-        with step.metrics, step.source, Progress(8, "again", False) as progress:
+        step.drawing.drawer.engine.max_tokens = 1  # any row that is opened is refused
+        with step.metrics, step.drawing, Progress(8, "again", False) as progress:
             step.metrics.log(0)
-            step._draw_and_learn(progress)
+            assert step._order(1)
+            step._learn(step.drawing.collect(), progress)
         assert step.state.step == 3
 
 
@@ -165,3 +166,25 @@ def test_two_processes_learn_what_one_learns(
         rows = min(len(expected), len(mine[key]))  # padding of the vocabulary differs
         difference = (mine[key][:rows] - expected[:rows]).abs().max() / expected.abs().max()
         assert difference < 1e-3, key
+
+
+AHEAD = {
+    "variational": {"steps": 4, "max_lag": 1, "draw_ahead": True, "reward": "gain", "lr": 1e-4},
+    "latent": {"posterior": "hindsight"},
+    "train": {"seq_length": 256},
+}
+"""Each step's rollouts are drawn before the step before; a replica that only draws sees the whole text first."""
+
+
+def test_one_trains_and_one_generates(start: Path, server: ForkServer) -> None:
+    """Rollouts put together with other think sets or texts, drawn again with newer weights, probed with older ones."""
+    whole, split = (start / name / thinking.STAGE for name in ("ahead", "split"))
+    server.call(TARGET, {"start": str(start), "run": str(whole.parent), **AHEAD})
+    assert [r["lag"] for r in curve(whole / "metrics.jsonl") if "lag" in r] == [0, 1, 1, 1]
+    divided = {"start": str(start), "run": str(split.parent), **AHEAD, "parallel": {"generation_replicas": 1}}
+    moment = [str(split), "checkpoints/step_00000002.partial"]
+    killed = server._job({"target": TARGET, "arguments": divided, "world": 2, "timeout": 60, "kill_when": moment})
+    assert [e.code for e in killed] == [-9, -9], killed[0].err[-3000:]
+    results = server.call(TARGET, divided, world=2)
+    assert results[0] == results[1]
+    assert_same_run(split, whole)

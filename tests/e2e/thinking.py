@@ -18,7 +18,8 @@ STAGE = "03-ra3-variational-1"
 def make_config(start: Path, run: str, **changes: dict[str, Any]) -> RunConfig:
     """Four steps of four snippets, unless `changes` say otherwise."""
     sections: dict[str, Any] = {
-        "run": {"dir": run},
+        "run": {"dir": run, "arms": ["ra3"]},
+        "base": {"tokens": 1},
         "variational": {
             "steps": 4, "snippets_per_step": 4, "group_size": 3, "checkpoint_interval": 1, "probe_snippets": 3,
             "flat_window": 0, "lr": 3e-3,

@@ -14,7 +14,7 @@ from ra3_megatron.parallel.groups import Parallel, initialize
 from ra3_megatron.report.schema import read_metrics
 from ra3_megatron.rollout.experience import Experience
 from ra3_megatron.rollout.figures import is_flat
-from ra3_megatron.rollout.source import snippets_of
+from ra3_megatron.stages.ahead import Block
 from tests.e2e.thinking import STAGE, e_step, open_e_step, write_start
 
 
@@ -71,8 +71,8 @@ def test_a_steps_gradient_is_that_of_the_definition(scorer: str, reward: str, st
         experience = first_experience(step, parallel)
         thoughts = sum(int(s.rollout.thought.sum()) for s in experience.scored)
         assert thoughts > 3
-        bare = step.policy._model(step.inputs.weights)[0]
-        loss = direct_loss(bare, experience, step.policy.think_tokens, 0.8)
+        bare = step.basis.model()[0]
+        loss = direct_loss(bare, experience, step.basis.think_tokens, 0.8)
         loss.backward()
         batches, _ = step.batches(experience)
         result = step.policy.engine.train_step(batches, 1)
@@ -82,17 +82,17 @@ def test_a_steps_gradient_is_that_of_the_definition(scorer: str, reward: str, st
             expected, found = p.grad, trained[name].main_grad
             scale = float(expected.abs().max())
             assert float((found - expected).abs().max()) <= 2e-4 * scale, name
-        step.source.__exit__()
+        step.drawing.drawer.__exit__()
 
 
 NO_CLIP = {"clip_grad": 0.0}
 
 
 def first_experience(step: Any, parallel: Parallel) -> Experience:
-    snippets = list(snippets_of([1], step.policy.own_slots, step._numbers))
-    by_step, cost = step._draw(0, snippets)
-    assert cost.rollouts == len(by_step[1]) > 0
-    return step.experience(by_step[1])
+    step.drawing.order(Block(1, 1, 0), 0)
+    drawn = step.drawing.collect()
+    assert drawn.cost.rollouts == len(drawn.by_step[1]) > 0
+    return step.experience(drawn.by_step[1])
 
 
 def surrogate(experience: Experience) -> float:
@@ -112,7 +112,7 @@ def test_current_scorer_says_what_the_rollout_said(start: Path, tmp_path: Path) 
         for s in experience.scored:
             np.testing.assert_allclose(s.line_log_probs, s.rollout.line_log_probs - s.rollout.log_act, atol=2e-3)
             np.testing.assert_allclose(s.without_thought, s.rollout.without_thought, atol=2e-3)
-        step.source.__exit__()
+        step.drawing.drawer.__exit__()
 
 
 # ------------------------------------------------------------------------------------------------- what it learns
@@ -191,7 +191,7 @@ def test_brite_credits_the_whole_snippet(start: Path, tmp_path: Path) -> None:
         for i, length in enumerate(experience.table.lengths.tolist()):
             total = experience.rewards[i].sum()
             torch.testing.assert_close(experience.returns[i, :length], total.expand(length))
-        step.source.__exit__()
+        step.drawing.drawer.__exit__()
 
 
 # ------------------------------------------------------------------------------------------------- other settings

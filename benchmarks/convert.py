@@ -1,6 +1,6 @@
 """Speed of import and export against a plain safetensors copy of the same bytes, in the same run.
 
-    python benchmarks/convert.py [--gb 0.5] [--dtype bfloat16] [--repeat 3]
+    python benchmarks/convert.py [--gb 0.5] [--dtype bfloat16] [--repeat 3] [--experts 128]
 
 Prints seconds per 10^9 bytes (best of the repeats, files in the page cache, synced to disk at the end of each step)
 and the ratio to the copy. The copy reads every tensor with safetensors and writes it back with safetensors: the floor
@@ -29,14 +29,20 @@ TARGET = 3.0
 """Largest ratio to the copy that counts as good."""
 
 
-def model_of(size_gb: float, dtype: torch.dtype) -> Architecture:
-    """A Llama-like shape whose weights take about `size_gb` * 10^9 bytes."""
+def model_of(size_gb: float, dtype: torch.dtype, experts: int) -> Architecture:
+    """A Llama-like shape, or Qwen3-30B-A3B's with `experts`, whose weights take at least `size_gb` * 10^9 bytes."""
     layers = 1
     while True:
         arch = Architecture(
             family="llama", num_layers=layers, hidden_size=1536, num_heads=12, num_kv_heads=4, head_dim=128,
             ffn_hidden_size=4096, vocab_size=32000, tied_embeddings=True, qkv_bias=False,
         )  # fmt: skip
+        if experts:
+            arch = Architecture(
+                family="qwen3_moe", num_layers=layers, hidden_size=2048, num_heads=32, num_kv_heads=4, head_dim=128,
+                vocab_size=32000, tied_embeddings=False, qkv_bias=False, qk_norm=True, num_experts=experts,
+                experts_per_token=min(8, experts), expert_ffn_hidden_size=768,
+            )  # fmt: skip
         if arch.parameter_count * dtype.itemsize >= size_gb * 1e9:
             return arch
         layers += 1
@@ -79,9 +85,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the weights")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each step; the best counts")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: the system's temporary)")
+    parser.add_argument("--experts", type=int, default=0, help="experts of a layer; 0 = dense")
     options = parser.parse_args()
     dtype = dtype_named(options.dtype)
-    arch = model_of(options.gb, dtype)
+    arch = model_of(options.gb, dtype, options.experts)
     size = arch.parameter_count * dtype.itemsize / 1e9
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         root = Path(name)
@@ -94,7 +101,8 @@ def main() -> None:
         }
         seconds = {step: best(run, target, options.repeat) for step, (run, target) in steps.items()}
     floor = seconds["safetensors copy"]
-    print(f"{size:.2f} GB {options.dtype}, {arch.num_layers} layers, best of {options.repeat}")
+    kind = f" x {options.experts} experts" if options.experts else ""
+    print(f"{size:.2f} GB {options.dtype}, {arch.num_layers} layers{kind}, best of {options.repeat}")
     for step, taken in seconds.items():
         verdict = "" if step == "safetensors copy" else f"{taken / floor:5.2f} x copy (target {TARGET:g})"
         print(f"{step:18} {taken / size:6.2f} s/GB  {verdict}")

@@ -12,7 +12,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,7 @@ class CheckpointTensors:
                 f"{folder} is not a readable distributed checkpoint ({error}); choose another checkpoint of the run"
             ) from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._by_place: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {
             key: tuple(entry.size)
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -229,12 +230,25 @@ class CheckpointTensors:
         assert isinstance(entry, TensorStorageMetadata)
         return entry
 
+    def _chunks(self, key: str, at: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """Stored pieces at a place on the first axes: sorted once for all places, of which experts make thousands."""
+        count, chunks = len(at), self._entry(key).chunks
+        if (key, count) not in self._by_place:
+            places: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in chunks:
+                # A piece of several places would be found at the first alone.
+                if any(size != 1 for size in chunk.sizes[:count]):
+                    return chunks
+                places.setdefault(tuple(chunk.offsets[:count]), []).append(chunk)
+            self._by_place[key, count] = places
+        return self._by_place[key, count].get(at, [])
+
     def read(self, key: str, at: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """Read the leading `shape` of `key` (rows behind it are vocabulary padding) at a place on its first axes.
 
         Raises UserError when the checkpoint's files are damaged.
         """
-        entry = self._entry(key)
+        entry = replace(self._entry(key), chunks=self._chunks(key, at))
         sizes = (*(1 for _ in at), *shape)
         offsets = (*at, *(0 for _ in shape))
         target = torch.empty(sizes, dtype=entry.properties.dtype)

@@ -16,6 +16,7 @@ import torch
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.estimate import cache_length
+from ra3_megatron.config.experts import refuse_shared_sampling
 from ra3_megatron.model.factory import unwrap
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.rollout.decode import GAPS, DecodeBatch, DecodeRunner
@@ -66,6 +67,7 @@ class MegatronEngine:
                 f"rollouts with context parallelism {parallel.sizes.context}; the engine's cache is not split along "
                 "the sequence; set parallel.context to 1 for this stage"
             )
+        refuse_shared_sampling(parallel.sizes, "a rollout engine")
         if max_tokens > architecture.max_positions:
             raise UserError(
                 f"rollouts of {max_tokens} tokens; the model has {architecture.max_positions} positions; "

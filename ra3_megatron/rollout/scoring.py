@@ -16,6 +16,7 @@ from ra3_megatron.algo.decision import TokenSets, decide
 from ra3_megatron.algo.logprobs import token_log_probs
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.experts import refuse_shared_sampling
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.data.batch import TrainBatch
 from ra3_megatron.data.latent import ThinkTokens
@@ -85,6 +86,7 @@ class LineScorer:
         config: RunConfig,
         think_tokens: ThinkTokens,
     ) -> None:
+        refuse_shared_sampling(parallel.sizes, "a scorer of rollouts")
         self.counters = EngineCounters()
         self._think_tokens = think_tokens
         self._made: TokenSets | None = None

@@ -31,6 +31,7 @@ TWO = [
     {"name": "pp2", "pipeline": 2},
     {"name": "vpp2", "pipeline": 2, "virtual_pipeline": 2},
     {"name": "cp2", "context": 2},
+    {"name": "experts-dp2", "expert": 2},
     {"name": "experts-tp2", "tensor": 2, "sequence": True},
     {"name": "experts-ep2", "tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
 ]
@@ -148,3 +149,9 @@ def test_context_parallelism_is_refused(results):
     """A cache that is not split along the sequence would attend to a part of the text only."""
     for rank in results["cp2"]:
         assert "context" in rank["refused"]
+
+
+def test_experts_shared_by_replicas_are_refused(results):
+    """Replicas sample at their own pace: the one that needs fewer passes would leave the other waiting for ever."""
+    for rank in results["experts-dp2"]:
+        assert "reaches over replicas of tensor 1" in rank["refused"]

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ra3_megatron.checkpoint.hf_mapping import check_tensors, compare_tensors, hf_shapes, layer_rules, units
+from ra3_megatron.checkpoint.hf_mapping import (
+    check_tensors,
+    compare_tensors,
+    hf_shapes,
+    layer_rules,
+    live_hf_tensors,
+    units,
+)
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
 
@@ -58,6 +65,25 @@ def test_split_undoes_merge(arch):
 def test_parameter_count_is_that_of_the_architecture(arch):
     """A rule left out for a family (bias, q/k norm, output layer) would drop weights without a word."""
     assert sum(torch.Size(shape).numel() for shape in hf_shapes(arch).values()) == arch.parameter_count
+
+
+@pytest.mark.parametrize("names", [0, -1], ids=["one after the other", "grouped"])
+def test_live_experts_are_found_under_either_name(names):
+    """Transformer Engine's grouped experts have one module for all; an expert's tensors must not be another's."""
+    arch = Architecture(
+        "qwen3_moe", 2, 8, 2, 1, 4, 8, 11, False, False, True,
+        num_experts=3, experts_per_token=2, expert_ffn_hidden_size=6,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    live, expected = {}, {}
+    for unit in units(arch):
+        tensor = torch.randn(unit.rule.shape(arch), generator=generator)
+        live[unit.names[names]] = tensor
+        expected |= dict(zip(unit.hf_shapes(arch), unit.rule.split(tensor, arch), strict=True))
+    assert f"decoder.layers.1.mlp.experts.{('local_experts.2.linear_fc1.weight', 'linear_fc1.weight2')[names]}" in live
+    found = dict(live_hf_tensors(live, arch))
+    assert list(found) == list(hf_shapes(arch))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_qkv_rows_lie_group_by_group():

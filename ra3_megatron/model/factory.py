@@ -20,7 +20,6 @@ from ra3_megatron.model.experts import moe_settings, prepare_experts
 from ra3_megatron.model.optional import check_apex, have_te, require_te
 from ra3_megatron.model.precision import (
     check_chip,
-    describe_layers,
     precision_options,
     refuse_silent_bf16,
     set_deterministic,
@@ -168,8 +167,8 @@ def build_model(arch: Architecture, model: ModelConfig, parallel: Parallel) -> l
 
     A chunk maps `input_ids`, `position_ids` [batch, seq] (packed windows: batch 1 with `packed_seq_params`) to logits
     [batch, seq, padded vocabulary / tp], or to hidden states before the last stage. BF16 and FP8 chunks are wrapped
-    in Megatron's Float16Module. Weights are random; the seed is `seed_everything`'s. What was built is logged; raises
-    Fp8NotInUse when that is not the FP8 that was asked for.
+    in Megatron's Float16Module. Weights are random; the seed is `seed_everything`'s. Raises Fp8NotInUse when what was
+    built is not the FP8 that was asked for.
 
     GPTModel it is, although 0.19 announces HybridModel as its successor. HybridModel counts attention and MLP as layers
     of their own ("*-" per transformer layer), so checkpoint keys and pipeline splits differ from every mapping there
@@ -184,15 +183,13 @@ def build_model(arch: Architecture, model: ModelConfig, parallel: Parallel) -> l
 
 
 def build_chunks(arch: Architecture, model: ModelConfig, parallel: Parallel, use_te: bool) -> list[torch.nn.Module]:
-    """The chunks of `build_model` with layers of Transformer Engine or of torch; logs what was built."""
+    """The chunks of `build_model` with layers of Transformer Engine or of torch."""
     config = build_transformer_config(arch, model, parallel.sizes, use_te, parallel.on_gpu)
     stages: list[int | None] = [None]
     if parallel.sizes.virtual_pipeline is not None:
         stages = list(range(parallel.sizes.virtual_pipeline))
     chunks = [_build_chunk(arch, model, parallel, config, use_te, stage) for stage in stages]
     refuse_silent_bf16(chunks, model)
-    for line in describe_layers(chunks):
-        log.info("%s", line)
     return chunks
 
 

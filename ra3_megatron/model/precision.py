@@ -5,7 +5,6 @@ a layer of another specification ignores it. `describe_layers` reads the modules
 state that Transformer Engine leaves in them in a forward pass.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.precision import FP8_FORMATS, FP8_MULTIPLES
 from ra3_megatron.config.sections import ModelConfig
-
-log = logging.getLogger(__name__)
+from ra3_megatron.parallel.collectives import gather_objects
+from ra3_megatron.parallel.groups import Parallel
 
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """What Transformer Engine and cuBLAS read for `model.deterministic`."""
@@ -195,15 +194,21 @@ def layer_facts(chunks: Sequence[Any]) -> list[LayerFacts]:
     return facts
 
 
-def describe_layers(chunks: Sequence[Any]) -> list[str]:
-    """One line per run of equal layers of this process, for the start-up log."""
+def describe_layers(facts: Sequence[LayerFacts]) -> list[str]:
+    """One line per run of equal layers, for the start-up log."""
     lines = []
-    for _, run in groupby(layer_facts(chunks), key=lambda f: (f.linears, f.attention, f.numbers, f.weights)):
+    for _, run in groupby(facts, key=lambda f: (f.linears, f.attention, f.numbers, f.weights)):
         first, *rest = list(run)
         span = f"{first.number}-{rest[-1].number}" if rest else f"{first.number}"
-        linears = ", ".join(first.linears)
-        lines.append(f"layers {span}: {first.numbers}, weights {first.weights}; {linears}; {first.attention}")
+        classes = ", ".join(dict.fromkeys((*first.linears, first.attention)))
+        lines.append(f"layers {span}: {first.numbers}, weights {first.weights}; {classes}")
     return lines
+
+
+def layers_in_use(chunks: Sequence[Any], parallel: Parallel) -> list[str]:
+    """Collective over the pipeline: `describe_layers` of the whole model."""
+    parts = gather_objects(parallel.group("pp"), layer_facts(chunks), "layers that were built")
+    return describe_layers(sorted((f for part in parts for f in part), key=lambda f: f.number))
 
 
 def refuse_silent_bf16(chunks: Sequence[Any], model: ModelConfig) -> None:

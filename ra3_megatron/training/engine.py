@@ -24,7 +24,7 @@ from ra3_megatron.data.batch import TrainBatch, context_parallel_slice
 from ra3_megatron.model.factory import unwrap
 from ra3_megatron.model.fp8_passes import histories_kept
 from ra3_megatron.model.fusions import fuse_weight_gradients
-from ra3_megatron.model.precision import renew_quantised_weights
+from ra3_megatron.model.precision import layers_in_use, renew_quantised_weights
 from ra3_megatron.parallel.collectives import explain_timeouts
 from ra3_megatron.parallel.groups import Parallel
 from ra3_megatron.parallel.phases import phase
@@ -107,6 +107,11 @@ class TrainEngine:
         self._hook_schedule()
         self.vocab = vocabulary_shard(chunks, architecture, parallel)
         self._fp8 = Fp8Watch(config.model, self.chunks, parallel, self.vocab)
+        if config.model.precision != "fp32":
+            # What was built, not what was asked for; that FP8 runs is said after the first step.
+            lines = layers_in_use(self.chunks, parallel)
+            if parallel.is_main:
+                print("\n".join(lines), flush=True)
 
     def _hook_schedule(self) -> None:
         """Tell Megatron's schedule how to scale, synchronise and finish gradients."""

@@ -27,7 +27,11 @@ def test_training_follows_bf16(parallel, recipe, capfd):
     # A learning rate as high as this drives the two apart later.
     assert all(abs(a - b) < 0.05 * b for a, b in zip(fp8[:3], bf16[:3], strict=True))
     assert fp8[-1] < fp8[0] - 0.5
-    assert "16 linear layers ran in FP8" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "16 linear layers ran in FP8" in said
+    names = {"tensorwise": "Float8CurrentScaling", "delayed": "DelayedScaling", "blockwise": "Float8BlockScaling"}
+    assert f"layers 1-4: {names[recipe]}" in said
+    assert "TERowParallelLinear, TELayerNormColumnParallelLinear, TEDotProductAttention" in said
 
 
 def test_weights_kept_in_fp8(parallel):

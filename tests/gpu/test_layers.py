@@ -9,7 +9,7 @@ import torch
 
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.model.attention import packed_params
-from ra3_megatron.model.precision import describe_layers, renew_quantised_weights
+from ra3_megatron.model.precision import describe_layers, layer_facts, renew_quantised_weights
 from tests.gpu.models import FAMILIES, build, packed_logits, relative, same_weights
 
 LENGTHS = (100, 28, 1, 383)
@@ -43,7 +43,7 @@ def test_bf16_equals_torch_layers_in_fp32(te, parallel, name):
     assert largest <= (2e-2 if arch.qk_norm else 1e-2)
     assert torchs <= 2e-2
     assert error <= 1.3 * torchs
-    assert "TEDotProductAttention" in describe_layers([chunk])[0]
+    assert "TEDotProductAttention" in describe_layers(layer_facts([chunk]))[0]
 
 
 @pytest.mark.parametrize("layers", ["te", "local"])

@@ -33,6 +33,7 @@ from ra3_megatron.config.run import RunConfig
 from ra3_megatron.config.validate import resolve_layout
 from ra3_megatron.parallel.groups import Parallel, initialize
 from ra3_megatron.parallel.speed import measure_speed
+from ra3_megatron.report.op_kinds import GEMM
 from ra3_megatron.stages.profile_trace import summarise
 from ra3_megatron.training.engine import TrainEngine
 
@@ -56,8 +57,8 @@ def step_seconds(engine: TrainEngine, parallel: Parallel, data: list[Any], warm:
     return times[warm:]
 
 
-def traced(engine: TrainEngine, parallel: Parallel, data: list[Any], number: int) -> str:
-    """Kinds of operations of one step, and their share of it."""
+def traced(engine: TrainEngine, parallel: Parallel, data: list[Any], number: int) -> dict[str, float]:
+    """Kinds of operations of one step, and their share of it, the largest first."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * parallel.on_gpu
     with profile(activities=activities, acc_events=True) as tracer:
         engine.train_step(data, number)
@@ -66,7 +67,7 @@ def traced(engine: TrainEngine, parallel: Parallel, data: list[Any], number: int
     for part in summarise(tracer.events()).parts:
         kinds[part.kind] = kinds.get(part.kind, 0.0) + part.seconds
     total = sum(kinds.values()) or 1.0
-    return ", ".join(f"{kind} {s / total:.1%}" for kind, s in sorted(kinds.items(), key=lambda kv: -kv[1]))
+    return {kind: s / total for kind, s in sorted(kinds.items(), key=lambda kv: -kv[1])}
 
 
 def measure(results: Results, setting: str, a: Architecture, parallel: Parallel, options: Any, speed: float) -> float:
@@ -87,7 +88,9 @@ def measure(results: Results, setting: str, a: Architecture, parallel: Parallel,
     results.add(f"{name}: MFU of the measured product", used / speed, "", note=f"{speed / 1e12:.4g} TFLOP/s")
     if (peak := parallel.peak_memory_bytes()) is not None:
         results.add(f"{name}: most memory", peak / 2**30, "GiB")
-    print(f"    one traced step: {traced(engine, parallel, data, options.warm + options.steps + 1)}", flush=True)
+    kinds = traced(engine, parallel, data, options.warm + options.steps + 1)
+    said = ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.items())
+    results.add(f"{name}: matrix products in a traced step", kinds.get(GEMM, 0.0), "of its time", note=said)
     return rate
 
 

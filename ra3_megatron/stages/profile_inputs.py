@@ -17,7 +17,7 @@ from ra3_megatron.stages.generate import open_bootstrapped
 from ra3_megatron.stages.graph import Node, find, graph
 from ra3_megatron.stages.inputs import import_model, prepare_corpus
 from ra3_megatron.stages.rlvr import Rlvr, RlvrInputs
-from ra3_megatron.stages.rlvr_tasks import TaskReader, open_tasks, prepare_tasks
+from ra3_megatron.stages.rlvr_tasks import RlvrTasks, TaskReader, open_tasks, prepare_tasks
 from ra3_megatron.stages.run_folder import RunFolder, StageFolder
 from ra3_megatron.stages.sft import SftInputs, Trainer
 from ra3_megatron.stages.start import start_checkpoint
@@ -33,8 +33,8 @@ BYTES_PER_TOKEN = 4
 SPARE = 16
 """A corpus is cut to this many times what the steps read: filters and the split leave enough."""
 
-_SAME = ("run.arms", "run.rounds", "model.", "data.", "base.", "latent.format", "train.seq_length", "rlvr.")
-"""Settings that what an earlier run has made depends on."""
+_SAME = ("run.arms", "run.rounds", "model.", "data.", "base.", "latent.format", "train.seq_length")
+"""Settings that what an earlier run has made depends on; its tasks on those of `rlvr` too."""
 
 
 def choose_stage(config: RunConfig, kind: str | None, arm: str | None, round: int | None) -> Node:
@@ -120,11 +120,14 @@ class _Sources:
         saved = run.path / "config.yaml"
         if not saved.is_file():
             return {}
-        other = [d for d in config_differences(load_config(saved), self._config) if d.startswith(_SAME)]
+        differences = config_differences(load_config(saved), self._config)
+        other = [d for d in differences if d.startswith(_SAME)]
         if other:
             self._context.say(f"{run.path} was made with other settings ({'; '.join(other)}); nothing of it is used")
             return {}
         stages = {name: run.stage(number, name) for number, name in enumerate(self._nodes)}
+        if any(d.startswith("rlvr.") for d in differences):
+            stages.pop("tasks", None)
         return {name: str(stage.path) for name, stage in stages.items() if stage.done}
 
     def _made(self, name: str) -> StageFolder | None:
@@ -188,7 +191,7 @@ class _Sources:
         assert weights is not None, "validation lets no run be without a corpus and a model"
         return weights / "hf"
 
-    def tasks(self, hf: Path):
+    def tasks(self, hf: Path) -> RlvrTasks:
         """Tasks of RLVR, as the run chose them or chosen here."""
         reader = TaskReader(self._context.config, hf.parent)
         if (made := self._made("tasks")) is not None:

@@ -30,6 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LEAST_S = 20.0
 """A part is not begun with less time than this."""
+LINES = 200
+"""Lines that are kept of a part that writes no figures."""
 TAIL = 15
 """Lines of a part's output that are shown when it ended badly."""
 
@@ -61,13 +63,21 @@ def script(name: str) -> str:
 PARTS = (
     Part("smoke", "every kind of layer once", 90, (script("gpu_smoke.py"),)),
     Part("training", "Qwen2.5-1.5B shape, packed windows of 4096", 180, (script("gpu_training.py"),)),
-    Part("tests", "tests/gpu", 180, ("-m", "pytest", "-q", "-rfE", str(ROOT / "tests" / "gpu")), writes=False, tiny=()),
+    Part(
+        "tests", "tests/gpu", 240, ("-m", "pytest", "-v", "-s", "-rfE", str(ROOT / "tests" / "gpu")), writes=False,
+        tiny=(),
+    ),
     Part("rollout", "rollouts, generation, log-prob gap", 150, (script("gpu_rollout.py"),)),
     Part("estep", "a whole E-step, Qwen3-0.6B shape", 120, (script("gpu_estep.py"),)),
     Part("memory", "estimate against peaks", 150, (script("gpu_memory.py"), "--only", "estimate")),
     Part(
         "long", "Qwen3-0.6B shape at 16k", 120, (script("gpu_training.py"),),
         device=("--shape", "qwen3-0.6b", "--seq", "16384", "--windows", "1", "--settings", "te-bf16,fp8-tensorwise"),
+    ),
+    Part(
+        "decode", "passes of one token, with and without CUDA graphs", 120, (script("gpu_decode.py"),), writes=False,
+        tiny=("--shape", "tiny", "--batches", "1", "--tokens", "4"),
+        device=("--shape", "qwen2.5-1.5b", "--precision", "bf16"),
     ),
     Part("largest", "largest model that trains", 240, (script("gpu_memory.py"), "--only", "largest")),
 )  # fmt: skip
@@ -168,7 +178,7 @@ def rows_of(part: Part, out: Path) -> list[dict]:
         lines = (out / f"{part.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    said = [line for line in lines if line.strip() and not line.startswith(("=", "ERROR"))][-40:]
+    said = [line for line in lines if line.strip() and not line.startswith(("=", "ERROR"))][-LINES:]
     return [{"part": part.name, "case": line.strip(), "value": None, "note": ""} for line in said]
 
 

@@ -53,6 +53,8 @@ class Part:
     """Arguments that make it run on any machine; none = it has no such form."""
     device: tuple[str, ...] = field(default=())
     """Arguments on a GPU alone."""
+    proof: str = ""
+    """What the output has when something was done; without it the part counts as NOT RUN."""
 
 
 def script(name: str) -> str:
@@ -65,7 +67,7 @@ PARTS = (
     Part("training", "Qwen2.5-1.5B shape, packed windows of 4096", 180, (script("gpu_training.py"),)),
     Part(
         "tests", "tests/gpu", 240, ("-m", "pytest", "-v", "-s", "-rfE", str(ROOT / "tests" / "gpu")), writes=False,
-        tiny=(),
+        tiny=(), proof=" passed",
     ),
     Part("rollout", "rollouts, generation, log-prob gap", 150, (script("gpu_rollout.py"),)),
     Part("estep", "a whole E-step, Qwen3-0.6B shape", 120, (script("gpu_estep.py"),)),
@@ -151,6 +153,8 @@ def run(part: Part, limit: float, out: Path, env: dict[str, str], tiny: bool) ->
     if state == "ok" and any(r["note"].startswith("FAILED") for r in rows_of(part, out)):
         state = "some cases failed"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if state == "ok" and not any(part.proof in line for line in lines):
+        state = f"NOT RUN: {lines[-1].strip('= ') if lines else 'it said nothing'}"
     shown = lines if state == "ok" and not part.writes else lines[-TAIL:] if state != "ok" else _figures(part, lines)
     print("\n".join(shown[-40:]), f"\n   {part.name}: {state}, {time.monotonic() - begin:.0f} s", sep="", flush=True)
     return Outcome(state, time.monotonic() - begin)
@@ -178,8 +182,9 @@ def rows_of(part: Part, out: Path) -> list[dict]:
         lines = (out / f"{part.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    said = [line for line in lines if line.strip() and not line.startswith(("=", "ERROR"))][-LINES:]
-    return [{"part": part.name, "case": line.strip(), "value": None, "note": ""} for line in said]
+    # Of pytest's own lines the last one says how many passed.
+    said = [line for line in lines[:-1] if line.strip() and not line.startswith(("=", "ERROR"))] + lines[-1:]
+    return [{"part": part.name, "case": line.strip("= "), "value": None, "note": ""} for line in said[-LINES:]]
 
 
 def write(out: Path, outcomes: dict[str, Outcome], device: str) -> None:

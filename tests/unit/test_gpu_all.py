@@ -1,5 +1,6 @@
 """`benchmarks/gpu_all.py`: parts that hang or fail, results on disk as they come, a machine with a folder of wheels."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -47,8 +48,8 @@ def test_a_part_that_hangs_loses_only_what_it_did_not_know_yet(gpu_all: ModuleTy
         f"Path({str(tmp_path / 'child')!r}).write_text(str(child.pid)); time.sleep(100)"
     )
     one = part(gpu_all, "smoke", code)
-    outcome = gpu_all.run(one, 3.0, tmp_path, dict(os.environ), False)
-    assert outcome.state == "stopped after 3 s"
+    outcome = gpu_all.run(one, 8.0, tmp_path, dict(os.environ), False)
+    assert outcome.state == "stopped after 8 s"
     assert [r["case"] for r in gpu_all.rows_of(one, tmp_path)] == ["known"]
     number = int((tmp_path / "child").read_text())
     for _ in range(100):
@@ -71,6 +72,10 @@ def test_failures_are_told_from_success(gpu_all: ModuleType, tmp_path: Path) -> 
     text = part(gpu_all, "c", "print('batch 8: 12 us a pass')", writes=False)
     assert gpu_all.run(text, 30, tmp_path, env, False).state == "ok"
     assert [r["case"] for r in gpu_all.rows_of(text, tmp_path)] == ["batch 8: 12 us a pass"]
+    skipped = dataclasses.replace(
+        part(gpu_all, "d", "print('=== 3 skipped in 1 s ===')", writes=False), proof=" passed"
+    )
+    assert gpu_all.run(skipped, 30, tmp_path, env, False).state == "NOT RUN: 3 skipped in 1 s"
 
 
 def test_results_are_a_table_and_are_kept_for_the_next_call(gpu_all: ModuleType, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ SMOLLM2 := models/smollm2-135m
 help:
 	@echo "make midtrain   train the quick start on this machine (CPU, minutes; run again to go on)"
 	@echo "make test       ruff, mypy and the tests (CPU)"
-	@echo "make test-slurm every test on a virtual Slurm cluster (Debian or Ubuntu, root; 15 minutes)"
+	@echo "make test-slurm every test on a virtual Slurm cluster (Debian or Ubuntu, root; half an hour)"
 	@echo "make lint       ruff and mypy only"
 	@echo "make smollm2    fetch SmolLM2-135M and convert it, for configs/smollm2-135m.yaml"
 	@echo "make clean      remove .venv and caches; runs/ and models/ stay"

@@ -1,5 +1,6 @@
 """`ra3 launch`: from a configuration, or a run's folder, to jobs in the queue."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ra3_megatron.launch.status import clear, status
 from ra3_megatron.launch.submit import Submitted, inherited, submit
 from ra3_megatron.stages.files import missing_files, refuse_missing, undone
 from ra3_megatron.stages.graph import graph
+from ra3_megatron.stages.start import start_checkpoint
 
 
 def open_target(
@@ -89,7 +91,10 @@ def resume(target: Path, overrides: list[str], settings: Settings | None) -> str
 
 
 def _architecture(config: RunConfig) -> Architecture | None:
-    """Shape of the model where it can be read without torch."""
+    """Shape of the model where it can be read without torch. Raises UserError when RLVR's start is not there."""
+    if config.rlvr.start is not None and not config.run.arms:
+        found = (start_checkpoint(config) / "architecture.json").read_text(encoding="utf-8")
+        return Architecture.from_dict(json.loads(found))
     if config.model.architecture is not None:
         return config.model.architecture
     source = Path(config.model.source or "")

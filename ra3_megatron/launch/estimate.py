@@ -81,12 +81,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _processes(stage: Path) -> int:
-    """Processes that a stage ran with: the layout its newest checkpoint names, else its newest attempt's account."""
+    """Processes that a stage ran with: its newest attempt's account, in older runs its newest checkpoint's layout.
+
+    The layout leaves out replicas that only generate.
+    """
+    told = _json(stage / "logs" / "latest" / "environment.json").get("processes")
+    if told is not None:
+        return int(told)
     states = sorted(stage.glob("checkpoints/step_*/state.json"))
-    if states:
-        layout = _json(states[-1]).get("layout", {})
-        return math.prod(int(layout.get(name, 1)) for name in ("tensor", "pipeline", "context", "data"))
-    return int(_json(stage / "logs" / "latest" / "environment.json").get("processes", 1))
+    layout = _json(states[-1]).get("layout", {}) if states else {}
+    return math.prod(int(layout.get(name, 1)) for name in ("tensor", "pipeline", "context", "data"))
 
 
 def planned_flops(

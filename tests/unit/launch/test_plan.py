@@ -1,5 +1,6 @@
 """The jobs of a run and their order, the commands they are submitted with, the arithmetic of large layouts."""
 
+import json
 import os
 import re
 import subprocess
@@ -264,6 +265,23 @@ def test_the_8b_configuration_on_512_gpus(tmp_path):
         dry(tmp_path, gpu_memory=16.0)
     assert dry(tmp_path, gpu_memory=80.0) == told
     assert not (tmp_path / "run").exists()
+
+
+def test_rlvr_alone_has_the_shape_of_its_start(tmp_path):
+    """The layout of a run from a checkpoint was not looked at before hours in the queue."""
+    c = load_config(EIGHT_B)
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "architecture.json").write_text(json.dumps(c.model.architecture.to_dict()))
+    (start / "DONE").write_text("{}")
+    path = tmp_path / "config.yaml"
+    replace(c, model=replace(c.model, source=None, architecture=None)).save(path)
+    alone = ["run.arms=[]", f"run.dir={tmp_path / 'run'}", f"rlvr.start={start}"]
+    told = launch(path, alone, Settings(nodes=4), dry_run=True)
+    assert "a job: 4 nodes x 8 = 32 processes = tensor 4 x pipeline 1 x context 1 x data 8;" in told
+    assert re.findall(r"^\d\d-([\w-]+): planned", told, re.MULTILINE) == ["tasks", "rlvr", "export", "evaluate"]
+    with pytest.raises(UserError, match="does not divide"):
+        launch(path, [*alone, "parallel.tensor=16"], Settings(nodes=4), dry_run=True)
 
 
 def test_an_element_of_the_array_holds_a_replica(tmp_path):

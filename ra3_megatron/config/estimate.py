@@ -134,10 +134,12 @@ def _attention_bytes(config: RunConfig, a: Architecture, layout: Layout, kernels
     elif kernels.te:
         # It copies the values; its output is what the next linear layer keeps, unless that keeps an FP8 copy.
         kept = (2 * q + 2 * kv) * e + statistics + copied
+    elif layout.context == 1:
+        # On a GPU all sequences of a window are one call; else their outputs are kept, and then laid side by side.
+        calls = 1 if kernels.gpu and e == 2 else 2
+        kept = (q + kv + projected + calls * q) * e + statistics
     else:
-        # Outputs of the sequences of a window, and then side by side.
-        seen = kv + projected if layout.context == 1 else 2 * kv * layout.context
-        kept = (q + seen + 2 * q) * e + statistics
+        kept = (q + 2 * kv * layout.context + 2 * q) * e + statistics
     if not kernels.te:
         kept += 4 * a.head_dim * e  # cosines and sines, for queries and for keys
     if a.qk_norm:

@@ -12,14 +12,14 @@ from ra3_megatron.stages.fast_paths import FastPath, Machine, fast_paths
 
 NONE = OptionalPackage(False, None, "is not installed")
 THERE = OptionalPackage(True, "1.0", "")
-CPU = Machine(False, NONE, {}, NONE, False, NONE, ("flash (CPU)",))
+CPU = Machine(False, NONE, {}, NONE, False, NONE, ("flash (CPU)",), triton=True)
 BARE_GPU = replace(CPU, gpu=True, attention=("flash", "cuDNN", "memory-efficient"))
 HOPPER = replace(BARE_GPU, te=THERE, te_recipes={"delayed, tensorwise": "", "blockwise": "", "mxfp8": "needs sm_100"})
 AMPERE = replace(BARE_GPU, te=THERE, te_recipes={"delayed, tensorwise": "needs sm_89", "blockwise": "needs sm_90"})
 
 
 def paths(machine: Machine) -> dict[str, FastPath]:
-    keys = ("layers", "FP8", "attention", "weight gradients", "norm", "Adam", "graphs")
+    keys = ("layers", "FP8", "attention", "loss", "weight gradients", "norm", "Adam", "graphs")
     found = dict(zip(keys, fast_paths(machine), strict=True))
     assert all(key.split()[0].lower() in path.name.lower() for key, path in found.items())
     return found
@@ -29,7 +29,7 @@ def test_a_laptop_is_told_that_gpu_paths_need_a_gpu() -> None:
     """A CPU's user was told to build Transformer Engine, which does not run there."""
     found = paths(CPU)
     assert {key for key, path in found.items() if path.state == "no GPU"} == {
-        "layers", "FP8", "weight gradients", "norm", "graphs",
+        "layers", "FP8", "loss", "weight gradients", "norm", "graphs",
     }  # fmt: skip
     assert found["Adam"].state == found["attention"].state == "on"
 
@@ -43,6 +43,12 @@ def test_every_path_that_is_off_says_what_it_costs_and_what_brings_it() -> None:
                 assert path.cost
     off = [key for key, path in paths(BARE_GPU).items() if path.state == "off"]
     assert off == ["layers", "FP8", "weight gradients", "norm"]
+
+
+def test_without_triton_the_loss_copies_the_logits() -> None:
+    """The largest tensor of a step was doubled with no word."""
+    assert paths(BARE_GPU)["loss"].state == "on"
+    assert "fp32" in paths(replace(BARE_GPU, triton=False))["loss"].cost
 
 
 def test_recipes_are_those_of_the_chip() -> None:

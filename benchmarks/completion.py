@@ -1,15 +1,17 @@
 """Tokens per second of plain completions, against `transformers` generate with the same weights and batch.
 
-    python benchmarks/completion.py [--model quickstart|smollm2|FOLDER] [--batches 16 64] [--prompts 128] [--tokens 128]
+    python benchmarks/completion.py [--model quickstart|smollm2|FOLDER] [--batches 16 64] [--prompts 128] [--bf16]
 
-FOLDER is a checkpoint of `ra3 convert import` (models/smollm2-135m after `make smollm2`); the two names stand for that
-shape with random weights. Prompts have 16 to --longest tokens. Both sample at temperature 1 from the whole vocabulary,
-in fp32 with a key/value cache, --batch rows at once, in one process and one thread, in turn. Ends are drawn: a share
-of the ids, chosen so that about a half of the completions reach --tokens, ends a completion; the share is the same for
-both, the random numbers are not, so tokens are counted. `transformers` gets batches of prompts of like length, padded
-on the left as TRL does, and a row that has ended waits for the others of its batch; ours go on with the next prompt.
-`equal` has no ends and all prompts at once: the same number of steps for both. `group` has 8 completions per prompt.
-Seconds are processor seconds. The floor is one forward pass over the tokens of all rows at once.
+FOLDER is a checkpoint of `ra3 convert import` (models/smollm2-135m after `make smollm2`); the two names stand for
+that shape with random weights. Prompts have 16 to --longest tokens. Both sample at temperature 1 from the whole
+vocabulary, in fp32 (--bf16: in that) with a key/value cache, --batch rows at once, in one process and one thread, in
+turn. Ends are drawn: a share of the ids, chosen so that about a half of the completions reach --tokens, ends a
+completion; the share is the same for both, the random numbers are not, so tokens are counted. `transformers` gets
+batches of prompts of like length, padded on the left as TRL does, and a row that has ended waits for the others of
+its batch; ours go on with the next prompt. `equal` has no ends and all prompts at once: the same number of steps for
+both. `group` has 8 completions per prompt. Seconds are processor seconds, on a GPU wall seconds with the device's
+work done, after a first run of each that is not counted. The floor is one forward pass over the tokens of all rows at
+once.
 """
 
 import argparse
@@ -72,13 +74,14 @@ class Bench:
         for rows in itertools.batched(order, batch):
             longest = max(len(p.ids) for p in rows)
             ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+            device = self.parallel.device
             for row, prompt in enumerate(rows):
                 ids[row, longest - len(prompt.ids) :] = torch.from_numpy(prompt.ids)
                 mask[row, longest - len(prompt.ids) :] = 1
             found = self.model.generate(
-                ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=True, top_k=0, top_p=1.0,
-                eos_token_id=stops or None, pad_token_id=0,
-            )[:, longest:]  # fmt: skip
+                ids.to(device), attention_mask=mask.to(device), max_new_tokens=self.tokens, do_sample=True, top_k=0,
+                top_p=1.0, eos_token_id=stops or None, pad_token_id=0,
+            )[:, longest:].cpu()  # fmt: skip
             ended = torch.isin(found, torch.tensor(stops, dtype=torch.long)).cumsum(1)
             total += int((ended == 0).sum()) + int((ended[:, -1] > 0).sum())
         return total
@@ -89,14 +92,20 @@ class Bench:
         rows = max(1, 1024 // length)
         engine = MegatronEngine(self.chunks, self.shape, self.parallel, rows, length)
         ids = np.arange(length) % self.shape.vocab_size
-        begin, done = time.process_time(), 0
+        begin, done = now(self.parallel), 0
         while done < fed:
             opened = [engine.open(ids[:1].tolist()) for _ in range(rows)]
             engine.step([Extend(row, ids[1:].tolist()) for row in opened])
             for row in opened:
                 engine.close(row)
             done += rows * length
-        return time.process_time() - begin
+        return now(self.parallel) - begin
+
+
+def now(parallel: Any) -> float:
+    """Processor seconds; on a GPU wall seconds, with its work done."""
+    parallel.synchronize()
+    return time.perf_counter() if parallel.on_gpu else time.process_time()
 
 
 def stop_ids(vocab_size: int, share: float) -> list[int]:
@@ -104,16 +113,18 @@ def stop_ids(vocab_size: int, share: float) -> list[int]:
     return np.linspace(1, vocab_size - 1, round(share * vocab_size)).astype(int).tolist()
 
 
-def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    begin = time.process_time()
+def seconds(parallel: Any, work: Callable[[], Any]) -> tuple[float, Any]:
+    if parallel.on_gpu:
+        work()
+    begin = now(parallel)
     result = work()
-    return time.process_time() - begin, result
+    return now(parallel) - begin, result
 
 
 def measure(bench: Bench, batch: int, name: str, prompts: Sequence[Prompt], ends: float) -> None:
     """Print one line of figures."""
-    spent, (tokens, engine) = seconds(lambda: bench.ours(batch, prompts, ends))
-    peer_spent, peer_tokens = seconds(lambda: bench.transformers(batch, prompts, ends))
+    spent, (tokens, engine) = seconds(bench.parallel, lambda: bench.ours(batch, prompts, ends))
+    peer_spent, peer_tokens = seconds(bench.parallel, lambda: bench.transformers(batch, prompts, ends))
     speed, peer = tokens / spent, peer_tokens / peer_spent
     floor = bench.floor(prompts, engine.counters.tokens)
     met = "met" if speed / peer >= TARGET else "MISSED"
@@ -125,7 +136,7 @@ def measure(bench: Bench, batch: int, name: str, prompts: Sequence[Prompt], ends
     )
 
 
-def load(name: str, folder: Path, parallel: Any) -> tuple[list, Architecture, Tokenizer]:
+def load(name: str, folder: Path, parallel: Any, precision: str) -> tuple[list, Architecture, Tokenizer]:
     """Model chunks, their shape and a tokenizer; the Hugging Face folder is `folder`/hf."""
     if name in ("quickstart", "smollm2"):
         quickstart = load_config(ROOT / "configs" / "quickstart.yaml").model.architecture
@@ -145,7 +156,7 @@ def load(name: str, folder: Path, parallel: Any) -> tuple[list, Architecture, To
         shape = Architecture.from_folder(checkpoint / "hf")
         export_hf(checkpoint, folder / "hf")
         tokenizer = load_folder(folder / "hf")
-    chunks = build_model(shape, ModelConfig(), parallel)
+    chunks = build_model(shape, ModelConfig(precision=precision), parallel)
     load_weights(checkpoint, chunks, shape, parallel)
     return chunks, shape, tokenizer
 
@@ -158,14 +169,16 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--cases", nargs="+", default=["varying", "equal", "group"])
+    parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary, initialize() as parallel:
         seed_everything(0, parallel)
-        chunks, shape, tokenizer = load(options.model, Path(temporary), parallel)
+        chunks, shape, tokenizer = load(options.model, Path(temporary), parallel, "bf16" if options.bf16 else "fp32")
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(Path(temporary) / "hf", dtype=torch.float32).eval()
+        dtype = torch.bfloat16 if options.bf16 else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(Path(temporary) / "hf", dtype=dtype).eval().to(parallel.device)
         model.generation_config.eos_token_id = None
         chance = np.random.default_rng(0)
         lengths = chance.integers(16, options.longest + 1, size=options.prompts)
@@ -175,7 +188,7 @@ def main() -> None:
         bench = Bench(chunks, shape, parallel, tokenizer, model, prompts, options.tokens)
         ends = 0.7 / options.tokens  # a half of the completions reach the limit
         groups = [Prompt(p.ids, p.number, m) for p in prompts[: len(prompts) // 8] for m in range(8)]
-        print(f"{shape.parameter_count / 1e6:.1f} M parameters, one thread, processor seconds")
+        print(f"{shape.parameter_count / 1e6:.1f} M parameters, {dtype}, {parallel.device}")
         for batch in options.batches:
             for name, given, share in (
                 ("varying", prompts, ends),

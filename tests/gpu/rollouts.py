@@ -18,10 +18,10 @@ from ra3_megatron.rollout.scoring import score_labels
 ARCH = Architecture("qwen2", 4, 256, 8, 2, 64, 512, 1000, True, True, max_positions=1024)
 
 PRECISIONS = {
-    "bf16, torch": ModelConfig(precision="bf16", layers="local", vocab_multiple=8, init_std=0.06),
-    "bf16, TE": ModelConfig(precision="bf16", layers="te", vocab_multiple=8, init_std=0.06),
+    "bf16, torch": ModelConfig(precision="bf16", layers="local", vocab_multiple=8, init_std=0.1),
+    "bf16, TE": ModelConfig(precision="bf16", layers="te", vocab_multiple=8, init_std=0.1),
 } | {
-    f"fp8 {recipe}": ModelConfig(precision="fp8", fp8_recipe=recipe, vocab_multiple=8, init_std=0.06)
+    f"fp8 {recipe}": ModelConfig(precision="fp8", fp8_recipe=recipe, vocab_multiple=8, init_std=0.1)
     for recipe in ("delayed", "tensorwise", "blockwise")
 }
 

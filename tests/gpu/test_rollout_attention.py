@@ -13,11 +13,8 @@ from ra3_megatron.model.attention import (
     set_prefixes,
 )
 from ra3_megatron.model.factory import build_transformer_config
-from ra3_megatron.parallel.groups import initialize
 from tests.gpu.rollouts import ARCH
 from tests.unit.model.packed import slow_packed
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -55,25 +52,24 @@ def test_packed_attention(width, heads, lengths):
 
 
 @pytest.mark.parametrize("prefixes", [None, (-1, 0, 0, -1, 3)], ids=["alone", "with beginnings"])
-def test_training_windows(prefixes):
+def test_training_windows(parallel, prefixes):
     """The one call of a GPU against the loop over sequences of a CPU."""
     torch.manual_seed(0)
     lengths = (70, 40, 1, 120, 25)
-    with initialize() as parallel:
-        model = ModelConfig(precision="bf16", layers="local")
-        config = build_transformer_config(ARCH, model, parallel.sizes, False, True)
-        attention = SDPACoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=parallel.pg_collection)
-        q = random(sum(lengths), ARCH.num_heads, ARCH.head_dim)
-        k, v = (random(sum(lengths), ARCH.num_kv_heads, ARCH.head_dim) for _ in range(2))
-        outs = []
-        for device in ("cuda", "cpu"):
-            params = packed_params(lengths, torch.device(device))
-            if prefixes is not None:
-                del params._ra3_layout
-                set_prefixes(params, prefixes)
-            outs.append(attention(*(t.to(device) for t in (q, k, v)), None, packed_seq_params=params).flatten(1))
-        close(outs[0].cpu(), outs[1])
-        weights = torch.randn_like(outs[1])
-        found = torch.autograd.grad((outs[0] * weights.cuda()).sum(), (q, k, v))
-        for ours, theirs in zip(found, torch.autograd.grad((outs[1] * weights).sum(), (q, k, v)), strict=True):
-            close(ours, theirs)
+    model = ModelConfig(precision="bf16", layers="local")
+    config = build_transformer_config(ARCH, model, parallel.sizes, False, True)
+    attention = SDPACoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=parallel.pg_collection)
+    q = random(sum(lengths), ARCH.num_heads, ARCH.head_dim)
+    k, v = (random(sum(lengths), ARCH.num_kv_heads, ARCH.head_dim) for _ in range(2))
+    outs = []
+    for device in ("cuda", "cpu"):
+        params = packed_params(lengths, torch.device(device))
+        if prefixes is not None:
+            del params._ra3_layout
+            set_prefixes(params, prefixes)
+        outs.append(attention(*(t.to(device) for t in (q, k, v)), None, packed_seq_params=params).flatten(1))
+    close(outs[0].cpu(), outs[1])
+    weights = torch.randn_like(outs[1])
+    found = torch.autograd.grad((outs[0] * weights.cuda()).sum(), (q, k, v))
+    for ours, theirs in zip(found, torch.autograd.grad((outs[1] * weights).sum(), (q, k, v)), strict=True):
+        close(ours, theirs)

@@ -315,9 +315,12 @@ def estimate_memory(
 
     bf16 and fp8 train with bf16 weights, fp32 gradients and fp32 master weights and moments over data x context ranks
     (of experts over the ranks that hold the same ones); fp32 updates the weights in place and keeps the two moments
-    alone.
+    alone. Where some replicas only generate, the fullest rank trains: it shares the optimizer with fewer, and has no
+    cache.
     """
     kernels = kernels or Kernels.expected(config)
+    training = layout.data - layout.generating
+    expert_data = layout.expert_data * training / layout.data
     tokens = config.train.micro_batch_size * config.train.seq_length / layout.context
     stream, element = _stream_width(config, a, layout), _element(config)
     layers, again = _kept_and_again(config, a, layout, kernels)
@@ -334,13 +337,13 @@ def estimate_memory(
                 weights=weights,
                 gradients=parameters * 4,
                 optimizer=int(
-                    (outside / (layout.data * layout.context) + experts / layout.expert_data) * _optimizer_bytes(config)
+                    (outside / (training * layout.context) + experts / expert_data) * _optimizer_bytes(config)
                 ),
                 activations=int(tokens * kept),
                 logits=int(final_norm + _logits_bytes(config, a, layout, tokens, kernels)) if last else 0,
                 recomputed=int(tokens * again),
                 frozen=weights if _has_second_model(config) else 0,
-                cache=cache_bytes(config, a, layout),
+                cache=0 if layout.generating else cache_bytes(config, a, layout),
             )
         )
     return max(found, key=lambda e: e.total)

@@ -1,11 +1,13 @@
 """Rules of the rlvr section, alone and together with others."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.estimate import estimate_memory
 from ra3_megatron.config.rlvr import RlvrConfig
 from ra3_megatron.config.run import config_from_dict, without_arms
 from ra3_megatron.config.validate import resolve_layout, sides
@@ -51,6 +53,7 @@ def test_rlvr_alone_needs_no_length_of_training() -> None:
             },
             "fp8_recipe is delayed",
         ),
+        (2, {"parallel": {"generation_replicas": 1, "expert": 2}, "rlvr": AHEAD}, "parallel.expert is 2"),
     ],
 )
 def test_what_does_not_fit_together(world: int, sections: dict[str, Any], said: str) -> None:
@@ -100,6 +103,17 @@ def test_replicas_that_generate() -> None:
     unused = config_from_dict({"run": {"arms": ["ntp"]}, "train": {"steps": 1}, "parallel": {"generation_replicas": 1}})
     with pytest.raises(UserError, match="no stage of this run would use them"):
         resolve_layout(unused, 2, SHAPE)
+
+
+def test_memory_where_some_replicas_generate() -> None:
+    """A layout that was said to fit: moments shared with replicas that have none, or refused for a cache it lacks."""
+    config = config_from_dict({"model": {"source": "m"}, "rlvr": RLVR | AHEAD, "train": {"global_batch_size": 24}})
+    divided = replace(config, parallel=replace(config.parallel, generation_replicas=1))
+    two, three = (
+        estimate_memory(c, SHAPE, resolve_layout(without_arms(c), n, SHAPE)) for c, n in ((config, 2), (divided, 3))
+    )
+    assert three.optimizer == two.optimizer > 0
+    assert three.cache == 0 < two.cache
 
 
 @pytest.mark.parametrize(("max_lag", "ahead", "steps"), [(0, False, 1), (3, False, 4), (1, True, 1), (3, True, 2)])

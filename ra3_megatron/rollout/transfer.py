@@ -32,6 +32,7 @@ class WeightTransfer:
     def __init__(self, chunks: Sequence[torch.nn.Module], parallel: Parallel, part: Group | None) -> None:
         self._chunks, self._parallel, self._part = list(chunks), parallel, part
         self._done = 0
+        self._refuse_buffers()
         facts = [(name, tuple(p.shape), str(p.dtype)) for name, p in self._parameters().items()]
         self._compare(facts, "parameters of the model")
 
@@ -55,6 +56,14 @@ class WeightTransfer:
             self._compare(self._hash() if self._part is not None else "", f"hash after the {name}")
         self._done += 1
         return time.monotonic() - start
+
+    def _refuse_buffers(self) -> None:
+        """Buffers that belong to a model's state would stay as they are on the other side."""
+        sent = {id(p) for chunk in self._chunks for p in unwrap(chunk).parameters()}
+        for chunk in self._chunks:
+            for name, value in unwrap(chunk).state_dict(keep_vars=True).items():
+                if isinstance(value, torch.Tensor) and id(value) not in sent and not name.endswith("_extra_state"):
+                    raise RuntimeError(f"{name} is part of the model's state and no parameter; it would not be sent")
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         return {

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ra3_megatron.config.control import Interrupted
+from ra3_megatron.config.validate import sides as words
 from ra3_megatron.parallel.collectives import broadcast_object, gather_objects, wait_for_all
 from ra3_megatron.parallel.split import Side, split
 from ra3_megatron.rollout.transfer import WeightTransfer
@@ -60,6 +61,7 @@ class Collected:
 @contextmanager
 def sides(context: Context) -> Iterator[tuple[Context, Side]]:
     """The stage's context on this process's side, and the side; both sides come together again at the end."""
+    context.say(words(context.layout))
     with split(context.parallel, context.layout.generating, silence(context)) as side:
         yield context.on(side.parallel), side
 

@@ -273,7 +273,10 @@ class Job:
         say("requeued")
         # Slurm ends this job with SIGTERM to all its processes, scontrol among them.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        slurm.persistently(["scontrol", "requeue", self.id])
+        try:
+            slurm.persistently(["scontrol", "requeue", self.id])
+        except UserError as error:
+            raise UserError(f"{error}; where jobs may not be requeued, launch with --copies") from None
         return self._wait_for_the_end()
 
     def _elsewhere(self, choice: node_choice.Choice, allocated: int) -> int:

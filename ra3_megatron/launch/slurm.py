@@ -20,6 +20,9 @@ KEPT = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATC
         "SBATCH_CLUSTERS", "SBATCH_TIMELIMIT", "SBATCH_EXCLUSIVE", "SBATCH_GRES_FLAGS")  # fmt: skip
 """Variables of Slurm that a submission from inside a job hands on; the others describe the outer job."""
 
+_AWAY = re.compile(r"Unable to contact|did not answer|timed out|connect failure|Connection refused|Zero Bytes", re.I)
+"""What is said when the controller cannot be reached, in contrast to what it refuses."""
+
 _SECRET = re.compile(
     r"secret|passw(or)?d|api_?key|access_?key|credential|(^|_)token$|^aws_|private_?key", re.IGNORECASE
 )
@@ -43,13 +46,13 @@ def command(arguments: Sequence[str], env: Mapping[str, str] | None = None, seco
 
 
 def persistently(arguments: Sequence[str], pause_s: float = 5.0) -> str:
-    """As `command`, tried again until it succeeds. Raises UserError after `PERSISTENCE_S`."""
+    """As `command`, tried again while the controller is away. Raises UserError after `PERSISTENCE_S`, or if refused."""
     end = time.monotonic() + PERSISTENCE_S
     while True:
         try:
             return command(arguments)
         except UserError as error:
-            if time.monotonic() > end:
+            if time.monotonic() > end or not _AWAY.search(str(error)):
                 raise
             print(f"{error}; tried again in {pause_s:.0f} s", flush=True)
             time.sleep(pause_s)

@@ -26,7 +26,7 @@ def seconds_of(granted: float | None, moments: Mapping[str, float], attempt: Pat
     the processes lie in the attempt's folder.
     """
     found: dict[str, Any] = {**moments, **(read_json(attempt / STARTUP_FILE) or {})}
-    if "stepped" not in found:
+    if not all(name in found for name, _ in PARTS):
         return {}
     before = begin = granted if granted is not None else moments["script"]
     seconds = {}

@@ -244,6 +244,23 @@ def test_copies_where_requeue_is_forbidden(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_requeue_is_forbidden_and_nobody_said_so(runs, tmp_path):
+    """The job ended as if it had crashed, after it had asked for its requeue for ten minutes."""
+    run = runs.prepared(tmp_path)
+    jobs = run.launch("--sbatch", "--no-requeue")
+    run.wait_for_step(4)
+    run.cluster.output(["scancel", "--batch", "--signal=USR1", jobs[STAGE]])
+    run.wait_for_end(jobs[STAGE], "FAILED", seconds=120)
+    assert run.cluster.facts(jobs[STAGE])["ExitCode"] == "2:0"
+    assert "where jobs may not be requeued, launch with --copies" in run.cluster.output(
+        ["slurm/status.sh", str(run.run)], env=run.env
+    )
+    (again,) = run.launch(target=run.run).values()
+    run.wait_for_end(again)
+    assert run.result() == runs.reference
+
+
+@pytest.mark.slow
 def test_full_disk(cluster, runs, tmp_path):
     """Saves that failed for want of room counted as checkpoints, or the job was requeued on a full disk for ever."""
     run = runs.prepared(cluster.small_disk / "full")

@@ -1,6 +1,7 @@
 """When a job gives up, which nodes it takes, when silence is a hang, what an estimate is made of."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.config.control import HEARTBEAT_FILE, PARTS_FOLDER, exit_code, part_name, write_outcome
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.run import config_from_dict
+from ra3_megatron.launch import slurm
 from ra3_megatron.launch.attempts import RESET, STARTED, Record, Work, fruitless
 from ra3_megatron.launch.estimate import job_hours, measured_speed, planned_flops
 from ra3_megatron.launch.nodes import _verdict, add_bad, choose, read_bad
@@ -143,6 +145,24 @@ def test_words_instead_of_exit_codes_under_torchrun(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "outcome.json").read_text()) == {"code": 1, "reason": "rank 3: ValueError: x y"}
     write_outcome(85, "saved")
     assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 85
+
+
+def test_a_controller_that_is_away_is_asked_again(tmp_path, monkeypatch, capfd):
+    """A job that was to be requeued while the controller restarted ended as failed, and the chain with it."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/bash\necho x >> {tmp_path}/calls; [[ $(wc -l < {tmp_path}/calls) -ge 3 ]] && echo fine && exit 0\n"
+        'echo "Unable to contact slurm controller" >&2; exit 1\n'
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert slurm.persistently(["scontrol", "requeue", "7"], pause_s=0.01) == "fine\n"
+    assert capfd.readouterr().out.count("Unable to contact slurm controller") == 2
+    (tmp_path / "calls").unlink()
+    scontrol.write_text(f'#!/bin/bash\necho x >> {tmp_path}/calls; echo "operation is disabled" >&2; exit 1\n')
+    with pytest.raises(UserError, match="operation is disabled"):
+        slurm.persistently(["scontrol", "requeue", "7"], pause_s=0.01)
+    assert (tmp_path / "calls").read_text() == "x\n", "what is refused is not asked for again"
 
 
 ARCHITECTURE = Architecture(

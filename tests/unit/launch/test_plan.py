@@ -1,7 +1,6 @@
 """The jobs of a run and their order, the commands they are submitted with, the arithmetic of large layouts."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.config.evaluation import EvaluationConfig
 from ra3_megatron.config.run import RunConfig, config_from_dict, load_config
-from ra3_megatron.launch import slurm
 from ra3_megatron.launch.command import check_layouts, for_a_replica, launch
 from ra3_megatron.launch.folder import LaunchFolder, snapshot
 from ra3_megatron.launch.plan import plan
@@ -92,23 +90,6 @@ def test_environment_of_a_job(tmp_path):
     }  # fmt: skip
     made = environment(LaunchFolder(tmp_path), Settings(restart="copies", grace_s=90))
     assert (made["RA3_RESTART"], made["RA3_GRACE_S"]) == ("copies", "90")
-
-
-def test_a_controller_that_is_away_is_asked_again(tmp_path, monkeypatch, capfd):
-    """A job that was to be requeued while the controller restarted ended as failed, and the chain with it."""
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        f"#!/bin/bash\necho x >> {tmp_path}/calls; [[ $(wc -l < {tmp_path}/calls) -ge 3 ]] && echo fine && exit 0\n"
-        'echo "Unable to contact slurm controller" >&2; exit 1\n'
-    )
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert slurm.persistently(["scontrol", "requeue", "7"], pause_s=0.01) == "fine\n"
-    assert capfd.readouterr().out.count("Unable to contact slurm controller") == 2
-    (tmp_path / "calls").unlink()
-    monkeypatch.setattr(slurm, "PERSISTENCE_S", 0.0)
-    with pytest.raises(UserError, match="Unable to contact"):
-        slurm.persistently(["scontrol", "requeue", "7"], pause_s=0.01)
 
 
 def test_an_element_is_named_by_itself():

@@ -28,6 +28,8 @@ _EXTRA_STATE = re.compile(r"(.*)\._extra_state\d*")
 of torch layers has fewer of them."""
 
 _STATES = (("scaling_fwd", "fwd"), ("scaling_bwd", "bwd"))
+_WEIGHT = 1
+"""Slot of a linear layer's weight among its forward tensors."""
 
 
 def make_plain(entries: dict[str, Any], chunk: Any) -> None:
@@ -64,6 +66,8 @@ def put_back(chunk: Any, values: dict[str, Any]) -> None:
     """
     module = unwrap(chunk)
     states = {found[1]: values.pop(name) for name in list(values) if (found := _EXTRA_STATE.fullmatch(name))}
+    # Before the weights: those kept in FP8 are quantised with their scale.
+    _restore_scales(module, states, values)
     kept = delayed_states([module])
     before = [t.clone() for t in kept]
     found = module.load_state_dict(values, strict=False)
@@ -76,7 +80,6 @@ def put_back(chunk: Any, values: dict[str, Any]) -> None:
     for name, parameter in module.named_parameters():
         if is_quantised(parameter) and name in values:
             _renew_initial_value(parameter, values[name])
-    _restore_scales(module, states)
 
 
 def _renew_initial_value(parameter: Any, value: Tensor) -> None:
@@ -86,25 +89,35 @@ def _renew_initial_value(parameter: Any, value: Tensor) -> None:
         kept.copy_(value)
 
 
-def _restore_scales(module: Any, states: dict[str, Any]) -> None:
-    config = module.config
+def _restore_scales(root: Any, states: dict[str, Any], values: dict[str, Any]) -> None:
+    """Scales of the delayed recipe from a checkpoint; without any, those of the weights that are loaded.
+
+    At a scale of 1 most weights would be numbers below FP8's normal range, and a stage that only samples or measures
+    never updates a scale.
+    """
+    config = root.config
     if config.fp8 is None or str(getattr(config.fp8_recipe, "value", config.fp8_recipe)) != "delayed":
         return
     from megatron.core.fp8_utils import get_fp8_recipe
 
     recipe, restored = get_fp8_recipe(config), 0
-    for name, state in states.items():
+    for name, module in root.named_modules():
+        weight, state = values.get(f"{name}.weight"), states.get(name)
+        if not hasattr(module, "fp8_meta") or weight is None:
+            continue
+        meta = module.fp8_meta
+        meta["num_gemms"], meta["recipe"] = state["num_gemms"] if isinstance(state, dict) else 1, recipe
+        module.init_fp8_meta_tensors(recipe)
         if isinstance(state, dict):
-            _restore(module.get_submodule(name), state, recipe)
+            _restore(meta, state)
             restored += 1
+        elif (amax := float(weight.detach().abs().max())) > 0:
+            meta["scaling_fwd"].scale[_WEIGHT] = recipe.fp8_format.value[0] / amax
     if not restored:
-        log.info("the checkpoint holds no scales of the delayed recipe; they start anew")
+        log.info("the checkpoint holds no scales of the delayed recipe; they start from its weights")
 
 
-def _restore(module: Any, state: dict[str, Any], recipe: Any) -> None:
-    meta = module.fp8_meta
-    meta["num_gemms"], meta["recipe"] = state["num_gemms"], recipe
-    module.init_fp8_meta_tensors(recipe)
+def _restore(meta: dict[str, Any], state: dict[str, Any]) -> None:
     for key, way in _STATES:
         meta[key].scale.copy_(state[f"scale_{way}"])
         history, saved = meta[key].amax_history, state[f"amax_history_{way}"]

@@ -47,7 +47,8 @@ class ModelConfig:
     Read only when precision is fp8."""
     fp8_probe_interval: int = 500
     """Steps between measurements of the loss of one micro-batch in FP8 and in BF16 on the same weights, before the step
-    that trains on it; 0 = none. One costs two forward passes. Read only when precision is fp8."""
+    that trains on it; 0 = none. One costs two forward passes. The first is at step 1 (delayed has no scales then: an
+    interval later). Read only when precision is fp8."""
     fp8_probe_limit: float = 0.02
     """Largest relative difference of the two losses; beyond it the run stops. Infinity (.inf) = only log it."""
     layers: Literal["auto", "te", "local"] = "auto"

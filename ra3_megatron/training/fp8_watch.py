@@ -35,6 +35,10 @@ class Fp8Watch:
     def _due(self, step: int, interval: int) -> bool:
         return self._model.precision == "fp8" and interval > 0 and (step - 1) % interval == 0
 
+    def _scaled(self, step: int) -> bool:
+        """Whether the recipe has its scales: the delayed one has none before the first passes."""
+        return step > 1 or self._model.fp8_recipe != "delayed"
+
     # ---------------------------------------------------------------- health
 
     @contextmanager
@@ -65,7 +69,7 @@ class Fp8Watch:
         The loss is the mean -log-probability, nats at temperature 1, of the labels that count in any component. Raises
         Fp8Diverged beyond `model.fp8_probe_limit`.
         """
-        if not self._due(step, self._model.fp8_probe_interval):
+        if not self._due(step, self._model.fp8_probe_interval) or not self._scaled(step):
             return {}
         sizes = self._parallel.sizes
         chosen = list(batches[: sizes.pipeline if sizes.virtual_pipeline else 1])

@@ -110,7 +110,7 @@ def test_probe_leaves_the_state_untouched(hopper, parallel, recipe):
     kept = [t.clone() for t in delayed_states(e.chunks)]
     c = with_probe(e.config, fp8_probe_interval=1)
     watch = Fp8Watch(c.model, e.chunks, parallel, e.vocab)
-    found = watch.probe(1, [batch(3)])
+    found = watch.probe(4, [batch(3)])
     print(f"{recipe}: {found}")
     assert 0 < found["fp8_probe_difference"] < 0.01
     assert found["fp8_probe_gap"] < 0.1

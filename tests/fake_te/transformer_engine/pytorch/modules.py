@@ -76,6 +76,10 @@ class Linear(Module):
         self.weight = torch.nn.Parameter(weight)
         if FP8GlobalStateManager.with_fp8_parameters():
             self.weight = torch.nn.Parameter(Float8Tensor.quantize(weight))
+            recipe = FP8GlobalStateManager.get_fp8_recipe()
+            if recipe.delayed():
+                self.fp8_meta["num_gemms"] = 1
+                self.init_fp8_meta_tensors(recipe)
             if FP8GlobalStateManager.high_precision:
                 self.weight.keep_high_precision_init_val(weight)
         self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else None

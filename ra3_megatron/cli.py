@@ -17,6 +17,7 @@ import typer
 from ra3_megatron.config.control import EXIT_CRASH, EXIT_USER, Interrupted, exit_code, write_outcome
 from ra3_megatron.config.errors import UserError
 from ra3_megatron.launch import cli as cluster
+from ra3_megatron.stages.profile_command import profile
 
 if TYPE_CHECKING:
     from ra3_megatron.config.run import RunConfig
@@ -177,6 +178,7 @@ def _run(
     pipeline.run(config, accept_changes, pipeline.Only(stage, arm, round, shards) if stage is not None else None)
 
 
+app.command(no_args_is_help=True)(profile)
 app.command(no_args_is_help=True)(cluster.launch)
 app.command(hidden=True)(cluster.job)
 
@@ -337,37 +339,6 @@ def check_tasks(
     account, fine = check(path, layout, overrides or [])
     say(account)
     raise typer.Exit(0 if fine else 1)
-
-
-@app.command(no_args_is_help=True)
-def profile(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run, such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings that replace the file's.")
-    ] = None,
-    stage: Annotated[
-        str | None, typer.Option(help="ntp, variational, sft or rlvr; the run's first that trains unless given.")
-    ] = None,
-    arm: Annotated[str | None, typer.Option(help="Arm of that stage; the first of run.arms unless given.")] = None,
-    round: Annotated[int | None, typer.Option(min=1, help="EM round of that stage; 1 unless given.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
-    warm_up: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 1,
-    traced: Annotated[int, typer.Option(min=0, help="Steps after them under torch's profiler; they are slower.")] = 1,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="Write a checkpoint at the end, and time it.")] = True,
-    nsys: Annotated[
-        bool, typer.Option("--nsys", help="Print the command for Nsight Systems; under it, mark what it captures.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the results; <run.dir>/profile/<time> unless given.")
-    ] = None,
-) -> None:
-    """Say where the time of a stage's steps goes, and how far each part is from the least it could take."""
-    from ra3_megatron.config.run import load_config
-
-    run_config = load_config(config, overrides or [])
-    from ra3_megatron.stages.profile import Plan, Request, run_profile
-
-    run_profile(run_config, Request(stage, arm, round, Plan(warm_up, steps, traced), save, nsys, out))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from ra3_megatron.config.architecture import Architecture
 from ra3_megatron.parallel.groups import ParallelSizes
 
 
-def moe_settings(arch: Architecture, sizes: ParallelSizes, use_te: bool) -> dict[str, Any]:
+def moe_settings(arch: Architecture, sizes: ParallelSizes, use_te: bool, on_gpu: bool) -> dict[str, Any]:
     """What TransformerConfig needs to know of the experts of `arch`; nothing for a dense model.
 
     The router computes in fp32, as Hugging Face's softmax does: a rounded logit sends a token to another expert. No
@@ -39,7 +39,7 @@ def moe_settings(arch: Architecture, sizes: ParallelSizes, use_te: bool) -> dict
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": use_te,
-        "moe_permute_fusion": use_te,
+        "moe_permute_fusion": use_te and on_gpu,
         "expert_model_parallel_size": sizes.expert,
         "expert_tensor_parallel_size": sizes.expert_tensor or sizes.tensor,
     }
@@ -69,7 +69,8 @@ def prepare_experts(chunk: Any, config: TransformerConfig) -> None:
     for moe in moe_layers(chunk):
         for parameter in moe.experts.parameters():
             parameter.allreduce = False
-        if config.use_cpu_initialization:
+        # Transformer Engine's groups need a GPU, and are not initialised here.
+        if config.use_cpu_initialization and isinstance(moe.experts, SequentialMLP):
             _draw(moe, config)
 
 

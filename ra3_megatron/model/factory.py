@@ -139,7 +139,7 @@ def build_transformer_config(
         cross_entropy_loss_fusion=False,
         # No CUDA graphs; Megatron's default names a mode it then warns about.
         cuda_graph_modules=[],
-        **moe_settings(arch, sizes, use_te),
+        **moe_settings(arch, sizes, use_te, on_gpu),
         cpu_offloading=model.offload_layers > 0,
         cpu_offloading_num_layers=model.offload_layers,
         **precision_options(model),

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[3]
 FAKE = ROOT / "tests" / "fake_te"
 
 
-@pytest.mark.parametrize("cases", ["model_cases.py", "training_cases.py", "checkpoint_cases.py", "rollout_cases.py"])
+CASES = ["model_cases.py", "training_cases.py", "checkpoint_cases.py", "rollout_cases.py", "expert_cases.py"]
+
+
+@pytest.mark.parametrize("cases", CASES)
 def test_with_a_stand_in_for_transformer_engine(cases: str) -> None:
     """See the docstrings in the file; its output is shown when one of its tests fails."""
     path = os.pathsep.join([str(FAKE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -150,4 +150,42 @@ class LayerNorm(RMSNorm):
 
 
 class GroupedLinear(Module):
-    """Only its name is needed."""
+    """Linear layers side by side, `weight<i>` [out, in] each, for as many rows of the input as `m_splits` says."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: Any = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable | None = None,
+        rng_tracker_name: str | None = None,
+        init_method: Callable | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: Any = "cpu",
+        ub_name: str | None = None,
+        single_grouped_weight: bool = False,
+        single_grouped_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        assert tp_size == 1, "the stand-in has no tensor parallelism"
+        assert not bias
+        assert not single_grouped_weight
+        self.num_gemms, self.use_bias, self.tp_size = num_gemms, bias, tp_size
+        self.in_features, self.out_features, self.fp8_calibration = in_features, out_features, False
+        for i in range(num_gemms):
+            weight = torch.empty(out_features, in_features, dtype=params_dtype)
+            init_method(weight)
+            self.register_parameter(f"weight{i}", torch.nn.Parameter(weight))
+
+    def forward(self, inp: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:
+        self.init_fp8_metadata(self.num_gemms)
+        assert not self.fp8, "the stand-in groups in BF16 and fp32 alone"
+        parts = inp.split(m_splits)
+        return torch.cat([F.linear(x, getattr(self, f"weight{i}")) for i, x in enumerate(parts)])

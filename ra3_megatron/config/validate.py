@@ -211,7 +211,7 @@ def _check_ra3(config: RunConfig, shares: Mapping[str, int]) -> None:
     thinking = [arm for arm in config.run.arms if arm in THINKING_ARMS]
     if not thinking:
         return
-    _check_vllm(config)
+    _check_rollouts(config)
     if config.model.source is None and not config.base.tokens:
         raise UserError(
             f"run.arms has {thinking[0]}, but neither model.source nor base.tokens is set; thoughts come from a "
@@ -234,12 +234,17 @@ def _check_ra3(config: RunConfig, shares: Mapping[str, int]) -> None:
             )
 
 
-def _check_vllm(config: RunConfig) -> None:
+def _check_rollouts(config: RunConfig) -> None:
     p = config.parallel
     if config.latent.engine == "vllm" and p.tensor * p.pipeline * p.expert > 1:
         raise UserError(
             f"latent.engine is vllm, parallel.tensor {p.tensor}, pipeline {p.pipeline} and expert {p.expert}; vLLM "
             "gets the weights whole; set all to 1, or latent.engine=megatron"
+        )
+    if config.latent.cuda_graphs == "on" and p.tensor * p.pipeline > 1:
+        raise UserError(
+            f"latent.cuda_graphs is on, parallel.tensor {p.tensor} and pipeline {p.pipeline}; passes of several "
+            "processes are not captured; set both to 1, or latent.cuda_graphs=auto"
         )
 
 
@@ -272,7 +277,7 @@ def _check_rlvr(config: RunConfig, shares: Mapping[str, int]) -> None:
             f"rlvr.steps is {r.steps} and parallel.context is {p.context}; the rollout engine's cache is not split "
             "along the sequence; set parallel.context to 1"
         )
-    _check_vllm(config)
+    _check_rollouts(config)
     if r.max_tokens >= config.train.seq_length:
         raise UserError(
             f"rlvr.max_tokens ({r.max_tokens}) leaves no room for a prompt in train.seq_length "

@@ -54,6 +54,16 @@ def test_arithmetic_by_hand():
             2,
             ("latent.engine", "parallel.tensor 2"),
         ),
+        (
+            {
+                "run": {"arms": ["ra3"]},
+                "base": {"tokens": 10},
+                "parallel": {"tensor": 2},
+                "latent": {"cuda_graphs": "on"},
+            },
+            2,
+            ("latent.cuda_graphs", "parallel.tensor 2", "auto"),
+        ),
         ({"train": {"steps": 0}}, 1, ("train.steps", "positive")),
         ({"optimizer": {"min_lr": 1.0}}, 1, ("min_lr", "lr")),
         ({"optimizer": {"warmup_steps": 4}}, 1, ("warmup_steps", "train.steps")),

@@ -133,7 +133,11 @@ def main() -> None:
             for case in () if options.only == "largest" else cases:
                 with results.case(f"{case[0]} seq {case[1]} x {case[2]} {setting} recompute {case[3]}"):
                     compare(results, setting, case, parallel)
-            if parallel.on_gpu and options.only != "estimate":
+            if options.only == "estimate":
+                continue
+            if not parallel.on_gpu:
+                results.missing(f"{setting}: largest model that trains", "NOT RUN: no GPU, no memory to fill")
+            else:
                 with results.case(f"{setting}: largest model that trains"):
                     search(results, setting, options, parallel)
 

@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ra3_megatron.config.errors import UserError
-from ra3_megatron.config.precision import FP8_FORMATS, FP8_MULTIPLES
+from ra3_megatron.config.precision import FP8_FORMATS
 from ra3_megatron.config.sections import ModelConfig
 from ra3_megatron.parallel.collectives import gather_objects
 from ra3_megatron.parallel.groups import Parallel
@@ -87,13 +87,6 @@ def set_deterministic(use_te: bool) -> None:
             if found != value and name.startswith("NVTE"):
                 raise UserError(f"model.deterministic with {name}={found} in the environment; unset it or set it to 0")
     torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def token_multiple(config: TransformerConfig) -> int:
-    """Multiple that the tokens of a forward pass must have on a process; 1 without FP8."""
-    if config.fp4:
-        return FP8_MULTIPLES["nvfp4"]
-    return FP8_MULTIPLES[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))] if config.fp8 else 1
 
 
 @contextmanager

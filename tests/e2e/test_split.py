@@ -1,12 +1,18 @@
 """RLVR on a world of which some replicas only generate: the same bits as without, killed, resumed, failing."""
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ra3_megatron.cli import main
 from ra3_megatron.report.schema import curve, read_metrics
 from tests.e2e import rl
 from tests.e2e.forked import ForkServer
@@ -66,16 +72,12 @@ def test_one_trains_and_one_generates(folder: Path, base: Path, together: Path, 
     assert walls[4]["transfer_seconds"] > 0
 
 
-def test_stopped_killed_and_resumed(folder: Path, base: Path, together: Path, server: ForkServer) -> None:
+def test_asked_killed_and_resumed(folder: Path, base: Path, together: Path, server: ForkServer) -> None:
     """What was drawn ahead was drawn again with newer weights after a crash, or by another side with other numbers."""
     config = rl.write_config(folder, base, "killed", rlvr=AHEAD, parallel={"generation_replicas": 1})
-    run_dir = folder / "killed"
-    stage = run_dir / rl.STAGE
-    run_dir.mkdir()
-    (run_dir / "STOP").touch()
-    ended = server.cli(["rlvr", str(config)], world=2)
-    assert [e.code for e in ended] == [86, 86], ended[0].err[-3000:] + ended[1].err[-3000:]
-    (run_dir / "STOP").unlink()
+    stage = folder / "killed" / rl.STAGE
+    codes = server.call(f"{__name__}:asked_to_leave", {"config": str(config), "stage": str(stage)}, world=2)
+    assert codes == [85, 85], "a signal to the process that generates is one to all"
     assert [p.name for p in (stage / "checkpoints").iterdir()] == ["step_00000002"]
 
     answers, hidden = stage / "data" / "answers", stage / "data" / "hidden"
@@ -94,6 +96,24 @@ def test_stopped_killed_and_resumed(folder: Path, base: Path, together: Path, se
     (alone,) = server.cli(["rlvr", str(config), "parallel.generation_replicas=0"], kill_when=(stage, end))
     assert alone.code == -9, alone.err[-3000:]
     same(run(server, config, 2), together)
+
+
+def asked_to_leave(config: str, stage: str) -> Any:
+    """The command's exit code; the second process gets SIGUSR1 when it is about to draw."""
+
+    def ask() -> None:
+        while next(Path(stage).glob("data/answers/*.answers"), None) is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=ask, daemon=True).start()
+    sys.argv = ["ra3", "rlvr", config]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 @pytest.mark.parametrize("rank", [0, 1], ids=["training", "generating"])

@@ -51,8 +51,8 @@ def sides(layout: Layout) -> str:
     training, replica = layout.data - layout.generating, layout.world // layout.data
     first = training * replica
     return (
-        f"variational, rlvr: {training} replicas train (processes 0-{first - 1}), {layout.generating} generate "
-        f"({first}-{layout.world - 1})"
+        f"variational, rlvr: replicas that train {training} (processes 0-{first - 1}), that generate "
+        f"{layout.generating} ({first}-{layout.world - 1})"
     )
 
 

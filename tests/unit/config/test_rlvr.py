@@ -97,7 +97,7 @@ def test_replicas_that_generate() -> None:
     parallel = {"tensor": 2, "pipeline": 2, "generation_replicas": 1}
     found = layout(12, parallel=parallel, rlvr=AHEAD, train={"global_batch_size": 12})
     assert (found.data, found.generating) == (3, 1)
-    assert "2 replicas train (processes 0-7), 1 generate (8-11)" in sides(found)
+    assert "replicas that train 2 (processes 0-7), that generate 1 (8-11)" in sides(found)
     config = config_from_dict({"model": {"source": "m"}, "rlvr": RLVR | AHEAD, "parallel": parallel})
     assert resolve_layout(without_arms(config), 4, SHAPE, splits=False).generating == 0
     unused = config_from_dict({"run": {"arms": ["ntp"]}, "train": {"steps": 1}, "parallel": {"generation_replicas": 1}})

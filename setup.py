@@ -61,7 +61,8 @@ REQUIRED = [
 
 EXTRAS = {
     # Transformer Engine builds against the torch that is there: pip install --no-build-isolation -e .[te]
-    "te": ["transformer-engine[pytorch]>=2.18,<2.21"],
+    # Triton, for the fused log-probabilities on a GPU, is part of every torch for CUDA on Linux.
+    "te": ["transformer-engine[pytorch]>=2.18,<2.21", "triton>=3.6"],
     "vllm": ["vllm>=0.15"],
     "nemo": ["nemo-toolkit>=3.0"],
     "wandb": ["wandb>=0.20"],

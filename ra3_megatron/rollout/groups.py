@@ -22,7 +22,7 @@ ANSWERS = "answers"
 """Token weights whose global sum is the number of answers x `rlvr.max_tokens`: the divisor of `constant`."""
 REFERENCE = "reference_kl"
 UNIT = 16
-"""Tokens of a process that FP8 matrix products want a multiple of."""
+"""Tokens of a process that windows are a multiple of, where FP8 wants no larger one."""
 LOST = "lost"
 """Outcome of a program that could not be judged (`reward.problem.Outcome.LOST`)."""
 
@@ -130,17 +130,23 @@ def extras_of(config: RlvrConfig) -> tuple[str, ...]:
 
 
 def answer_batches(
-    sequences: Sequence[TrainSequence], config: RlvrConfig, train: TrainConfig, parallel: Parallel, multiple: int
+    sequences: Sequence[TrainSequence],
+    config: RlvrConfig,
+    train: TrainConfig,
+    parallel: Parallel,
+    multiple: int,
+    unit: int = UNIT,
 ) -> list[TrainBatch]:
     """Collective over the replicas: micro-batches of this replica's sequences, equally many on each.
 
     As many as windows of `train.seq_length` make; the windows are then as short as the sequences allow, of one length
-    on a replica. `multiple`: that of padded sequences. Raises UserError for an answer longer than a window.
+    on a replica. `multiple`: that of padded sequences; `unit`: of a process's tokens of a window. Raises UserError for
+    an answer longer than a window.
     """
     names, extras = components_of(config), extras_of(config)
     sizes, size = parallel.sizes, train.micro_batch_size
     group = size * (sizes.pipeline if sizes.virtual_pipeline else 1)
-    unit = UNIT * multiple * (sizes.tensor if sizes.sequence else 1)
+    unit *= multiple * (sizes.tensor if sizes.sequence else 1)
     windows = Windows(sequences, train.seq_length, multiple, unit, group)
     groups = max(1, -(-windows.fewest // group))
     # Gradients are reduced after the last micro-batch: replicas that count differently would wait for one another.

@@ -13,6 +13,7 @@ from ra3_megatron.algo.losses import PolicyLossConfig
 from ra3_megatron.checkpoint.capture import synchronise_parameters
 from ra3_megatron.checkpoint.weights import load_weights, read_done
 from ra3_megatron.config.errors import UserError
+from ra3_megatron.config.precision import FP8_MULTIPLES
 from ra3_megatron.config.run import RunConfig
 from ra3_megatron.data.batch import TrainBatch
 from ra3_megatron.data.packing import TrainSequence
@@ -22,7 +23,7 @@ from ra3_megatron.model.factory import LayerChoice, build_model, choose_layers
 from ra3_megatron.parallel.groups import seed_everything
 from ra3_megatron.parallel.phases import phase
 from ra3_megatron.rollout.completion import CompletionSettings
-from ra3_megatron.rollout.groups import ANSWERS, answer_batches, with_log_probs
+from ra3_megatron.rollout.groups import ANSWERS, UNIT, answer_batches, with_log_probs
 from ra3_megatron.rollout.scoring import score_labels
 from ra3_megatron.stages.context import Context
 from ra3_megatron.stages.policy import frozen
@@ -185,7 +186,9 @@ class RlvrPolicy:
         r, train = self.config.rlvr, self.config.train
         multiple = self.context.layout.sequence_multiple
         with phase("data"):
-            minibatches = [answer_batches(part, r, train, self.parallel, multiple) for part in parts]
+            model = self.config.model
+            unit = FP8_MULTIPLES[model.fp8_recipe] if model.precision == "fp8" else UNIT
+            minibatches = [answer_batches(part, r, train, self.parallel, multiple, unit) for part in parts]
         scored, start = 0, time.monotonic()
         for name, chunks in self._others.items():
             with phase("score"):

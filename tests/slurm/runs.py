@@ -193,12 +193,13 @@ class Runs:
         self.local(run, ["midtrain", str(run.config), "--stage", "prepare"], world=1)
         return run
 
-    def rlvr(self, folder: Path) -> Run:
-        """RLVR alone, from a model trained before; the tasks are chosen already."""
+    def rlvr(self, folder: Path, generating: int = 0, **changes: Any) -> Run:
+        """RLVR alone, from a model trained before, with `generating` replicas that train nothing."""
         tasks = rl.write_tasks(self._folder / "tasks.jsonl")
-        run = self.fresh(folder, rlvr={**RLVR_ALONE, "start": str(self._trained.run), "tasks": str(tasks)},
-                         latent={"max_batch": 16}, judge={"workers": 1})  # fmt: skip
+        rlvr = {**RLVR_ALONE, "start": str(self._trained.run), "tasks": str(tasks), **changes}
+        run = self.fresh(folder, rlvr=rlvr, latent={"max_batch": 16}, judge={"workers": 1})
         config = yaml.safe_load(run.config.read_text())
+        config["parallel"] = {**config.get("parallel", {}), "generation_replicas": generating}
         config["run"]["arms"] = []
         config["model"].pop("architecture")
         run.config.write_text(yaml.safe_dump(config))

@@ -284,6 +284,25 @@ def test_rlvr_is_asked_to_leave_and_loses_a_process(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_rlvr_with_a_node_that_only_generates(runs, tmp_path):
+    """Two worlds in one allocation: ranks of the wrong node on a side, a side that goes on when the other has died."""
+    alone = runs.rlvr(tmp_path / "alone", draw_ahead=True)
+    runs.local(alone, ["rlvr", str(alone.config)], world=1)
+    run = runs.rlvr(tmp_path / "divided", generating=1, draw_ahead=True)
+    jobs = run.launch()
+    run.wait_for_step(EARLY, stage=RLVR)
+    run.cluster.output(["scancel", "--batch", "--signal=USR1", jobs[RLVR]])
+    run.cluster.wait(lambda: run.events(RLVR)[-1:] == ["started"] and "saved" in run.events(RLVR), 240, "goes on")
+    run.wait_for_step(run.step(RLVR) + 2, stage=RLVR)
+    os.kill(run.rank_process(1, job=RLVR)[1], signal.SIGKILL)
+    run.wait_for_end(jobs[RLVR])
+    assert run.events(RLVR) == ["started", "saved", "started", "crash", "started", "done"]
+    assert run.result(RLVR)["parameters_sha256"] == alone.result(RLVR)["parameters_sha256"]
+    (curve,) = run.run.glob(f"{RLVR}/metrics.jsonl")
+    assert "generator_idle_seconds" in curve.read_text()
+
+
+@pytest.mark.slow
 def test_preempted(run, runs):
     """A preempted job that ends by itself in the time it is given counted as failed."""
     jobs = run.launch()

@@ -109,7 +109,7 @@ def main() -> None:
         room = 2 * options.tokens + options.prompt
         print(f"{shape.parameter_count / 1e6:.1f} M parameters, {options.precision}, {parallel.device}")
         for batch in options.batches:
-            for graphs in ("auto", "off") if parallel.on_gpu else ("off",):
+            for graphs in (None, False) if parallel.on_gpu else (False,):
                 engine = MegatronEngine(chunks, shape, parallel, batch, room, cuda_graphs=graphs)
                 found = decode(engine, parallel, options.prompt, options.tokens)
                 median = statistics.median(found)

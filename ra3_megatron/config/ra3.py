@@ -50,9 +50,9 @@ class LatentConfig:
     cache_share: float = 0.5
     """On a GPU, without `cache_gib`: share of the memory that is free when the engine is made which keys and values may
     take. Not for `vllm`. Speed only."""
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Whether rollouts' passes of one token per row are captured as CUDA graphs: `auto` = on a GPU, without tensor or
-    pipeline parallelism and experts; `on` refuses to start where that is not so. Not for `vllm`. Speed only."""
+    cuda_graphs: bool | None = None
+    """Whether rollouts' passes of one token per row are captured as CUDA graphs: none = on a GPU, without tensor or
+    pipeline parallelism and experts; true refuses to start where that is not so. Not for `vllm`. Speed only."""
     engine: Literal["megatron", "vllm"] = "megatron"
     """Where rollouts run: in the training model itself, or in vLLM (extra `vllm`, a GPU, no tensor or pipeline
     parallelism), which gets a copy of the weights after every update."""

@@ -107,9 +107,9 @@ class RlvrConfig:
     """Optimizer updates of linear warm-up."""
     weight_decay: float = 0.0
     """Decoupled weight decay, in place of `optimizer.weight_decay`."""
-    share_prompts: Literal["auto", "on", "off"] = "auto"
+    share_prompts: bool | None = None
     """Whether the update computes a prompt once for several answers to it instead of once for each; speed only: the
-    loss is the same to rounding. `auto`: with torch layers, whose attention can; Transformer Engine's cannot."""
+    loss is the same to rounding. none = with torch layers, whose attention can; Transformer Engine's cannot."""
     checkpoint_interval: int = 5
     """Steps between checkpoints; answers and verdicts since the last one are read back, not made again."""
 
@@ -130,7 +130,6 @@ class RlvrConfig:
             "correction": ("clip", "decoupled", "truncate"),
             "overlong": ("mask", "keep", "soft"),
             "kl_estimator": ("k1", "k2", "k3"),
-            "share_prompts": ("auto", "on", "off"),
         }
         for name, known in choices.items():
             _one_of(f"rlvr.{name}", getattr(self, name), known)

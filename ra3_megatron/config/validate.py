@@ -241,10 +241,10 @@ def _check_rollouts(config: RunConfig) -> None:
             f"latent.engine is vllm, parallel.tensor {p.tensor}, pipeline {p.pipeline} and expert {p.expert}; vLLM "
             "gets the weights whole; set all to 1, or latent.engine=megatron"
         )
-    if config.latent.cuda_graphs == "on" and p.tensor * p.pipeline > 1:
+    if config.latent.cuda_graphs and p.tensor * p.pipeline > 1:
         raise UserError(
-            f"latent.cuda_graphs is on, parallel.tensor {p.tensor} and pipeline {p.pipeline}; passes of several "
-            "processes are not captured; set both to 1, or latent.cuda_graphs=auto"
+            f"latent.cuda_graphs is true, parallel.tensor {p.tensor} and pipeline {p.pipeline}; passes of several "
+            "processes are not captured; set both to 1, or leave latent.cuda_graphs out"
         )
 
 

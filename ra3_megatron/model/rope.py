@@ -53,7 +53,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         """Rows of the embedding: the whole window when it is packed, Megatron's answer otherwise."""
         packed = kwargs.get("packed_seq_params") or next((a for a in args if isinstance(a, PackedSeqParams)), None)
         if self._fused and packed is not None and prefixes_of(packed) is not None:
-            raise ValueError("sequences that share a beginning need torch layers; set rlvr.share_prompts=off")
+            raise ValueError("sequences that share a beginning need torch layers; set rlvr.share_prompts=false")
         if self._fused or packed is None or packed.qkv_format != "thd":
             return super().get_rotary_seq_len(*args, **kwargs)
         boundaries = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded

@@ -29,11 +29,13 @@ def why_no_graphs(parallel: Parallel, config: Any, chunks: Sequence[torch.nn.Mod
     return ""
 
 
-def use_graphs(wish: str, parallel: Parallel, config: Any, chunks: Sequence[torch.nn.Module]) -> tuple[bool, str]:
-    """Whether decode passes are captured, and one line for the log; raises UserError where "on" is impossible."""
-    why = "latent.cuda_graphs is off" if wish == "off" else why_no_graphs(parallel, config, chunks)
-    if wish == "on" and why:
-        raise UserError(f"latent.cuda_graphs = on; {why}; set it to auto or off")
+def use_graphs(
+    wish: bool | None, parallel: Parallel, config: Any, chunks: Sequence[torch.nn.Module]
+) -> tuple[bool, str]:
+    """Whether decode passes are captured, and one line for the log; raises UserError where True is impossible."""
+    why = "latent.cuda_graphs is false" if wish is False else why_no_graphs(parallel, config, chunks)
+    if wish and why:
+        raise UserError(f"latent.cuda_graphs = true; {why}; leave it out, or set it to false")
     return not why, f"without CUDA graphs ({why})" if why else "as CUDA graphs"
 
 

@@ -46,8 +46,8 @@ class MegatronEngine:
 
     Memory: `max_batch` x (`max_tokens` + 1) keys and values per layer, see `cache_bytes`. A `step` with more than
     `tokens_per_forward` new tokens is cut into several forward passes. One in which every row goes on by a token and
-    asks the same is a decode pass (`DecodeRunner`); `cuda_graphs` says whether these are captured: "auto" where it is
-    possible, "on" (a UserError where it is not), "off".
+    asks the same is a decode pass (`DecodeRunner`); `cuda_graphs` says whether these are captured: None = where it is
+    possible, True (a UserError where it is not), False.
     After the weights change, set `weights_version`; it is refused while rows are open.
     """
 
@@ -60,7 +60,7 @@ class MegatronEngine:
         max_tokens: int,
         tokens_per_forward: int = 8192,
         weights_version: int = 0,
-        cuda_graphs: str = "auto",
+        cuda_graphs: bool | None = None,
     ) -> None:
         if parallel.sizes.context > 1:
             raise UserError(
@@ -93,7 +93,7 @@ class MegatronEngine:
         self._sets: list[LocalSet] = []
         self._set_numbers: dict[bytes, int] = {}
         captured, how = use_graphs(cuda_graphs, parallel, self._forward.config, chunks)
-        graphs = GraphStore(self._forward, cuda_graphs == "on") if captured else None
+        graphs = GraphStore(self._forward, cuda_graphs is True) if captured else None
         self._decoder = DecodeRunner(self._forward, self._sets, self._vocab, graphs, rounded=captured)
         self.description = (
             f"rollouts: {max_batch} rows of {max_tokens} tokens, {self.cache_bytes / 2**30:.2f} GiB of keys and values "

@@ -182,5 +182,5 @@ def _adam(m: Machine) -> FastPath:
 def _graphs(m: Machine) -> FastPath:
     name = "CUDA graphs of decoding"
     if m.gpu:
-        return FastPath(name, "on", "one process per replica (latent.cuda_graphs=auto)")
+        return FastPath(name, "on", "one process per replica (latent.cuda_graphs)")
     return FastPath(name, "no GPU", "passes are launched one by one", "on a GPU: launches cost more than small passes")

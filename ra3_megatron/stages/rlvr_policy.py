@@ -80,12 +80,12 @@ def shares_prompts(config: RunConfig, layers: LayerChoice) -> bool:
     be.
     """
     wanted = config.rlvr.share_prompts
-    if wanted == "on" and layers.use_te:
+    if wanted and layers.use_te:
         raise UserError(
-            "rlvr.share_prompts is on and the layers are Transformer Engine's, whose attention cannot branch; set it "
-            "to auto or off, or model.layers=local"
+            "rlvr.share_prompts is true and the layers are Transformer Engine's, whose attention cannot branch; set it "
+            "to false, or model.layers=local"
         )
-    return wanted != "off" and not layers.use_te
+    return wanted is not False and not layers.use_te
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ def build(model: ModelConfig, parallel: Parallel) -> list[torch.nn.Module]:
     return build_model(ARCH, model, parallel)
 
 
-def engine_of(chunks, parallel: Parallel, rows: int = 12, tokens: int = 400, graphs: str = "on") -> MegatronEngine:
+def engine_of(chunks, parallel: Parallel, rows: int = 12, tokens: int = 400, graphs: bool = True) -> MegatronEngine:
     """With CUDA graphs, or with their sizes and no graphs."""
     engine = MegatronEngine(chunks, ARCH, parallel, rows, tokens, cuda_graphs=graphs)
-    if graphs == "off":
+    if not graphs:
         engine._decoder = DecodeRunner(engine._forward, engine._sets, engine._vocab, None, rounded=True)
     return engine
 

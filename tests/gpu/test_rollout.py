@@ -38,7 +38,7 @@ def same(first, second):
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.0])
 def test_graphs_change_nothing(chunks, parallel, top_p):
     """A graph that reads an input from where it was captured, or forgets a step of the draw."""
-    replayed, run = engine_of(chunks, parallel), engine_of(chunks, parallel, graphs="off")
+    replayed, run = engine_of(chunks, parallel), engine_of(chunks, parallel, graphs=False)
     # Fewer and fewer sizes are new: the second time nearly all passes are replays.
     for seed in (0, 1):
         same(sample(replayed, 12, 40, seed, top_p), sample(run, 12, 40, seed, top_p))
@@ -49,7 +49,7 @@ def test_graphs_change_nothing(chunks, parallel, top_p):
 
 def test_graphs_follow_the_weights(chunks, parallel):
     """Replays with the quantised weights of before an update, or from memory that a weight has left."""
-    replayed, run = engine_of(chunks, parallel), engine_of(chunks, parallel, graphs="off")
+    replayed, run = engine_of(chunks, parallel), engine_of(chunks, parallel, graphs=False)
     before = sample(replayed, 6, 30)
     sample(replayed, 6, 30)
     parameters = [p for p in unwrap(chunks[0]).parameters() if p.dim() == 2]
@@ -130,7 +130,7 @@ def test_packed_prompts(chunks, parallel):
 
 def test_a_decode_pass_waits_once(chunks, parallel):
     """Each read of a number by the host waits for the device: a pass has one, that of its answers."""
-    engine = engine_of(chunks, parallel, graphs="off")
+    engine = engine_of(chunks, parallel, graphs=False)
     every = engine.token_set(np.arange(ARCH.vocab_size))
     rows = [engine.open([1, 2, 3 + i]) for i in range(8)]
 

@@ -141,8 +141,8 @@ def test_a_full_row_is_refused(model, parallel):
 
 
 def test_graphs_that_were_asked_for(model, parallel):
-    """`latent.cuda_graphs: on` ran without them where there is no GPU, and nobody was told."""
-    with pytest.raises(UserError, match=r"latent\.cuda_graphs = on; the device is cpu"):
-        engine_of(model, parallel, cuda_graphs="on")
+    """`latent.cuda_graphs: true` ran without them where there is no GPU, and nobody was told."""
+    with pytest.raises(UserError, match=r"latent\.cuda_graphs = true; the device is cpu"):
+        engine_of(model, parallel, cuda_graphs=True)
     assert "the device is cpu" in engine_of(model, parallel).description
-    assert "latent.cuda_graphs is off" in engine_of(model, parallel, cuda_graphs="off").description
+    assert "latent.cuda_graphs is false" in engine_of(model, parallel, cuda_graphs=False).description

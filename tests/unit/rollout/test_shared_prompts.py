@@ -170,8 +170,8 @@ def test_where_it_is_used() -> None:
     torch_layers, te = LayerChoice(False, ""), LayerChoice(True, "")
     assert shares_prompts(config, torch_layers)
     assert not shares_prompts(config, te)
-    on = config_from_dict({"train": {"steps": 1}, "rlvr": {"share_prompts": "on"}})
+    on = config_from_dict({"train": {"steps": 1}, "rlvr": {"share_prompts": True}})
     with pytest.raises(UserError, match=r"rlvr\.share_prompts"):
         shares_prompts(on, te)
-    off = config_from_dict({"train": {"steps": 1}, "rlvr": {"share_prompts": "off"}})
+    off = config_from_dict({"train": {"steps": 1}, "rlvr": {"share_prompts": False}})
     assert not shares_prompts(off, torch_layers)

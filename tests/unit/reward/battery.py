@@ -32,6 +32,8 @@ PR_SET_CHILD_SUBREAPER = 36
 CHEATS = EXITS + FORGED + PROTOCOL + STOLEN + PATCHED
 ATTACKS = (*CHEATS, *RESOURCES, *ESCAPES, *TRACES_LEFT, CONTROL_YES)
 DEADLINE_S = 1200.0
+PATIENCE_S = 5.0
+"""How long an ended process may wait to be waited for."""
 TOO_WEAK = 3
 """Exit code where programs can reach this machine, as its judge says itself."""
 SANDBOX_UID, NOBODY = JudgeConfig().uid, 65534
@@ -66,6 +68,16 @@ def descendants() -> list[tuple[int, str, str]]:
             found.append(process)
             queue.append(process[0])
     return found
+
+
+def lasting_zombies() -> list[tuple[int, str, str]]:
+    """Ended processes that nobody waits for: each process is one for a moment, between its end and its parent's wait."""
+    end = time.monotonic() + PATIENCE_S
+    found = {p for p in descendants() if p[1] == "Z"}
+    while found and time.monotonic() < end:
+        time.sleep(0.1)
+        found &= set(descendants())
+    return sorted(found)
 
 
 def places() -> set[str]:
@@ -123,8 +135,7 @@ def one_judge(config: JudgeConfig, cases: list[Case], names: dict[str, str]) -> 
         for case, first, second in queued:
             left = until - time.monotonic()
             results[case.name] = record(case, first.result(left), second.result(left) if second else None)
-        zombies = [p for p in descendants() if p[1] == "Z"]
-        return {"results": results, "zombies": zombies}, judge.level
+        return {"results": results, "zombies": lasting_zombies()}, judge.level
 
 
 def run(namespaces: Literal["auto", "bubblewrap", "own", "none"], groups: str, workers: int = 2) -> dict[str, Any]:

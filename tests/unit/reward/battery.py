@@ -71,7 +71,7 @@ def descendants() -> list[tuple[int, str, str]]:
 
 
 def lasting_zombies() -> list[tuple[int, str, str]]:
-    """Ended processes that nobody waits for: each process is one for a moment, between its end and its parent's wait."""
+    """Ended processes that nobody waits for: each is one for a moment, between its end and its parent's wait."""
     end = time.monotonic() + PATIENCE_S
     found = {p for p in descendants() if p[1] == "Z"}
     while found and time.monotonic() < end:
